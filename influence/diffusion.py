@@ -1,0 +1,152 @@
+"""The denoising loss of given draws, exactly as the model was trained, with the noise as an argument.
+
+A *draw* is one pair (t, ε). For a clean image x₀ the noised image is x_t = √ᾱ_t x₀ + √(1 − ᾱ_t) ε and the loss of the
+draw is ℓ(x₀; t, ε) = w(t) · mean((f_θ(x_t, t, c) − y)²) with the target y that the network was trained to predict
+(Ho et al., 2020; v-prediction: Salimans & Ho, 2022). Rows `[rows]` are (image, draw) pairs; the caller reduces.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from influence import keys
+from influence.errors import ModelError
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """Forward process and training target of a diffusion model with discrete timesteps."""
+
+    alphas_cumprod: tuple[float, ...]
+    """ᾱ_t for t = 0 … T − 1."""
+    prediction: str
+    """What the network predicts: `epsilon`, `v_prediction` or `sample`."""
+    weighting: str
+    """w(t) of the training loss: `uniform` (1), or `snr` (ᾱ_t / (1 − ᾱ_t))."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no formula below covers.
+
+        Raises:
+            ModelError: The prediction type or the weighting is unknown.
+        """
+        if self.prediction not in TARGETS:
+            raise ModelError(f"prediction type {self.prediction!r} is not supported; expected {', '.join(TARGETS)}")
+        if self.weighting not in ("uniform", "snr"):
+            raise ModelError(f"loss weighting {self.weighting!r} is not supported; expected uniform or snr")
+
+    @property
+    def num_timesteps(self) -> int:
+        """T."""
+        return len(self.alphas_cumprod)
+
+
+def _alpha_bar(schedule: NoiseSchedule, t: Tensor, like: Tensor) -> Tensor:
+    """ᾱ_t, shaped to broadcast against `like` `[rows, ...]`; gathered in float64 and rounded once."""
+    table = torch.tensor(schedule.alphas_cumprod, dtype=torch.float64, device=like.device)
+    return table[t].reshape(-1, *[1] * (like.ndim - 1))
+
+
+def noised(
+    schedule: NoiseSchedule, x0: Float[Tensor, "rows *shape"], t: Int[Tensor, " rows"], eps: Float[Tensor, "rows *shape"]
+) -> Float[Tensor, "rows *shape"]:
+    """x_t = √ᾱ_t x₀ + √(1 − ᾱ_t) ε."""
+    a = _alpha_bar(schedule, t, x0)
+    return a.sqrt().to(x0.dtype) * x0 + (1 - a).sqrt().to(x0.dtype) * eps
+
+
+def _epsilon(a: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
+    return eps
+
+
+def _velocity(a: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
+    return a.sqrt().to(x0.dtype) * eps - (1 - a).sqrt().to(x0.dtype) * x0
+
+
+def _sample(a: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
+    return x0
+
+
+TARGETS = {"epsilon": _epsilon, "v_prediction": _velocity, "sample": _sample}
+
+
+def target(
+    schedule: NoiseSchedule, x0: Float[Tensor, "rows *shape"], t: Int[Tensor, " rows"], eps: Float[Tensor, "rows *shape"]
+) -> Float[Tensor, "rows *shape"]:
+    """What the network should predict for these draws: y."""
+    return TARGETS[schedule.prediction](_alpha_bar(schedule, t, x0), x0, eps)
+
+
+def weight(schedule: NoiseSchedule, t: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    """w(t), float32."""
+    if schedule.weighting == "uniform":
+        return torch.ones(t.shape, device=t.device)
+    a = torch.tensor(schedule.alphas_cumprod, dtype=torch.float64, device=t.device)[t]
+    return (a / (1 - a)).float()
+
+
+def losses(
+    schedule: NoiseSchedule,
+    prediction: Float[Tensor, "rows *shape"],
+    x0: Float[Tensor, "rows *shape"],
+    t: Int[Tensor, " rows"],
+    eps: Float[Tensor, "rows *shape"],
+) -> Float[Tensor, " rows"]:
+    """ℓ of each row: w(t) · mean((f − y)²), in float32."""
+    residual = prediction.float() - target(schedule, x0, t, eps)
+    return weight(schedule, t) * residual.flatten(1).square().mean(1)
+
+
+def draws(
+    seed: int,
+    role: str,
+    item_id: str,
+    num_draws: int,
+    num_timesteps: int,
+    shape: tuple[int, ...],
+    which: Sequence[int] | np.ndarray | None = None,
+) -> tuple[Int[Tensor, " draws"], Float[Tensor, "draws *shape"]]:
+    """The draws (t, ε) of one image: t stratified over the schedule, ε in antithetic pairs.
+
+    Draw s takes t = ⌊(s + u_s) · T / S⌋, uniform in its own stratum; draws 2p and 2p + 1, neighbours in t, share one ε
+    with opposite signs. They depend on the arguments alone: never on the batch, the order or the device.
+
+    Args:
+        seed: The store's seed.
+        role: What the draws are for (`train` or `query`): a picture that plays both roles gets independent noise.
+        item_id: Identity of the image.
+        num_draws: S.
+        num_timesteps: T.
+        shape: Shape of one noised image or latent.
+        which: Indices s of the draws wanted; all S by default.
+    """
+    wanted = np.arange(num_draws) if which is None else np.asarray(which, dtype=np.int64)
+    u = keys.uniform(("timestep", seed, role, item_id, num_draws), num_draws)[wanted]
+    t = np.floor((wanted + u) * num_timesteps / num_draws).astype(np.int64).clip(max=num_timesteps - 1)
+    pairs = {p: keys.normal(("noise", seed, role, item_id, num_draws, int(p)), shape) for p in set(wanted // 2)}
+    eps = np.empty((len(wanted), *shape), dtype=np.float32)
+    for row, s in enumerate(wanted):
+        eps[row] = pairs[s // 2] if s % 2 == 0 else -pairs[s // 2]
+    return torch.from_numpy(t), torch.from_numpy(eps)
+
+
+def curvature_draws(seed: int, item_id: str, num_draws: int, rate: float) -> np.ndarray:
+    """Which draws of an image give a curvature row: evenly spread over the schedule, `rate` of them on average.
+
+    The count is ⌊rate⌋, or one more with probability rate − ⌊rate⌋, decided by the image's own key: a pure function of
+    the image, so that adding images to a data set never changes the rows of the others.
+    """
+    whole = int(np.floor(rate))
+    u = keys.uniform(("curvature-draws", seed, item_id), 2)
+    count = min(whole + int(u[0] < rate - whole), num_draws)
+    return np.floor((np.arange(count) + u[1]) * num_draws / max(count, 1)).astype(np.int64)
+
+
+def probes(seed: int, item_id: str, draw_indices: np.ndarray, shape: tuple[int, ...]) -> Float[Tensor, "rows *shape"]:
+    """ξ ~ N(0, I) at the network's output, one for each curvature row."""
+    rows = [keys.normal(("probe", seed, item_id, int(s)), shape) for s in draw_indices]
+    return torch.from_numpy(np.stack(rows)) if rows else torch.empty((0, *shape))

@@ -1,0 +1,32 @@
+"""The package's errors: one root, and the few that a caller may want to catch. Each is also the fitting builtin.
+
+Every message says what was found, what was expected and what to do, on one line.
+"""
+
+
+class InfluenceError(Exception):
+    """Root of all errors that this package raises on purpose."""
+
+
+class SpecMismatchError(InfluenceError, ValueError):
+    """Two things that must describe the same feature space do not."""
+
+
+class DatasetError(InfluenceError, ValueError):
+    """A data set folder, its metadata or one of its pictures cannot be used."""
+
+
+class ModelError(InfluenceError, ValueError):
+    """A model folder or LoRA file cannot be used."""
+
+
+class StoreError(InfluenceError, OSError):
+    """A store is missing, incomplete or damaged."""
+
+
+class GradientError(InfluenceError, RuntimeError):
+    """A per-sample gradient cannot be taken: an uncovered layer, or a parameter that no gradient reached."""
+
+
+class OptionError(InfluenceError, ValueError):
+    """An option has a value that cannot be used."""

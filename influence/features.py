@@ -1,0 +1,164 @@
+"""Features of images: their draws through the network, the gradients of each, projected. Pure: no order, no batch.
+
+An image has S draws. Its gradient feature φ = P · (1/S) Σ_s ∇_θ ℓ_s sums over all of them; each draw chosen for curvature
+also gives a row ψ = P · sqrt(2w/D) J_θᵀ ξ of its own, out of the same forward, with E[ψψᵀ] = P G Pᵀ for the Gauss–Newton
+matrix G of the draw's loss (Schraudolph, 2002; ξ ~ N(0, I) at the D entries of the prediction).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int32
+from torch import Tensor, nn
+
+from influence import diffusion, gradients
+from influence.diffusion import NoiseSchedule
+from influence.projection import Projection
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How features are taken; the first part changes them, the second (engine, batch_size) only their cost."""
+
+    schedule: NoiseSchedule
+    parameters: Mapping[str, nn.Parameter]
+    projection: Projection
+    seed: int
+    role: str
+    """`train` or `query`: which stream of draws."""
+    num_draws: int
+    """S."""
+    curvature_rate: float
+    """Curvature rows for each image, on average."""
+    output: str
+    """`loss`, or `square` for the mean of f² (D-TRAK: Zheng et al., 2024)."""
+    bf16: bool
+    engine: str
+    batch_size: int
+    """Rows (image, draw) in one forward."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of n images, in the order given."""
+
+    phi: Float32[np.ndarray, "images k"]
+    loss: Float32[np.ndarray, " images"]
+    """Mean of the output over the image's draws."""
+    psi: Float32[np.ndarray, "rows k"]
+    psi_item: Int32[np.ndarray, " rows"]
+    """Index of the image that a curvature row is of."""
+    psi_draw: Int32[np.ndarray, " rows"]
+    """Its draw s."""
+
+
+def features(
+    network: nn.Module,
+    recipe: Recipe,
+    item_ids: Sequence[str],
+    x0: Float[Tensor, "images *shape"],
+    cond: Float[Tensor, "images tokens width"] | None,
+) -> Features:
+    """Take the features of images.
+
+    Args:
+        network: Called as `network(x_t, t, cond)`.
+        recipe: How.
+        item_ids: Identity of each image: the key of its draws.
+        x0: Clean images or latents, on the network's device.
+        cond: Encoded captions, or `None` for an unconditional network.
+
+    Raises:
+        GradientError: The engine cannot take a gradient, by name.
+    """
+    n, k = len(item_ids), recipe.projection.dim
+    phi = torch.zeros(n, k, device=x0.device)
+    total = torch.zeros(n, device=x0.device)
+    psi: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for images, which, curvature in _batches(recipe, item_ids):
+        inputs, outputs = _prepare(recipe, item_ids, x0, cond, images, which, curvature)
+        results = gradients.per_sample_gradients(
+            network, recipe.parameters, inputs, outputs, recipe.projection, engine=recipe.engine, bf16=recipe.bf16
+        )
+        index = torch.as_tensor(images, device=x0.device)
+        phi.index_add_(0, index, results[0].features)
+        total.index_add_(0, index, results[0].values.float().unflatten(0, (len(images), -1)).sum(1))
+        if curvature:
+            rows = results[1].features.cpu().numpy()
+            psi.append((rows, np.repeat(images, which.shape[1]), which.reshape(-1)))
+    rows = [np.concatenate(part) for part in zip(*psi, strict=True)] if psi else [np.empty((0, k), np.float32), *[[]] * 2]
+    item, draw = np.asarray(rows[1], np.int32), np.asarray(rows[2], np.int32)
+    order = np.lexsort((draw, item))
+    return Features(phi.cpu().numpy(), total.cpu().numpy(), rows[0][order], item[order], draw[order])
+
+
+def _batches(recipe: Recipe, item_ids: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
+    """Split the (image, draw) rows into batches with equally many draws per image.
+
+    Draws that give a curvature row are apart from the others, so that the second backward covers these alone.
+
+    Yields:
+        Indices of images `[images]`, their draws `[images, draws]`, and whether these give curvature rows.
+    """
+    everything = np.arange(recipe.num_draws)
+    chosen = [
+        diffusion.curvature_draws(recipe.seed, item_id, recipe.num_draws, recipe.curvature_rate) for item_id in item_ids
+    ]
+    for curvature in (True, False):
+        lists = [c if curvature else np.setdiff1d(everything, c) for c in chosen]
+        for count in sorted({len(draws) for draws in lists} - {0}):
+            images = np.array([i for i, draws in enumerate(lists) if len(draws) == count])
+            step = max(1, recipe.batch_size // count)
+            for first in range(0, len(images), step):
+                part = images[first : first + step]
+                which = np.stack([lists[i] for i in part])
+                for start in range(0, count, recipe.batch_size):
+                    yield part, which[:, start : start + recipe.batch_size], curvature
+
+
+def _prepare(
+    recipe: Recipe,
+    item_ids: Sequence[str],
+    x0: Tensor,
+    cond: Tensor | None,
+    images: np.ndarray,
+    which: np.ndarray,
+    curvature: bool,
+) -> tuple[gradients.Inputs, list[gradients.Output]]:
+    """Make the rows of a batch and the scalars whose gradients are wanted."""
+    shape, device = tuple(x0.shape[1:]), x0.device
+    schedule, count = recipe.schedule, which.shape[1]
+    drawn = [
+        diffusion.draws(
+            recipe.seed, recipe.role, item_ids[i], recipe.num_draws, schedule.num_timesteps, shape, which=chosen
+        )
+        for i, chosen in zip(images, which, strict=True)
+    ]
+    t = torch.cat([t for t, _ in drawn]).to(device)
+    eps = torch.cat([eps for _, eps in drawn]).to(device)
+    index = torch.as_tensor(np.repeat(images, count), device=device)
+    clean = x0[index]
+    inputs = gradients.Inputs(diffusion.noised(schedule, clean, t, eps), t, None if cond is None else cond[index])
+
+    if recipe.output == "square":
+        outputs = [gradients.Output(lambda f: f.float().flatten(1).square().mean(1) / recipe.num_draws, (), count)]
+    else:
+
+        def loss(prediction: Tensor, clean: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+            return diffusion.losses(schedule, prediction, clean, t, eps) / recipe.num_draws
+
+        outputs = [gradients.Output(loss, (clean, t, eps), count)]
+    if curvature:
+        xi = torch.cat(
+            [diffusion.probes(recipe.seed, item_ids[i], s, shape) for i, s in zip(images, which, strict=True)]
+        ).to(device)
+        scale = (2 * diffusion.weight(schedule, t) / eps[0].numel()).sqrt()
+        outputs.append(gradients.Output(_probed, (scale, xi), 1))
+    return inputs, outputs
+
+
+def _probed(prediction: Tensor, scale: Tensor, xi: Tensor) -> Tensor:
+    """sqrt(2w/D) · ξᵀ f of each row; its gradient is the curvature row."""
+    return scale * (prediction.float() * xi).flatten(1).sum(1)
