@@ -218,12 +218,10 @@ def _decode(path: Path) -> tuple[Image.Image, list[str]]:
                 raise DatasetError(f"mode {image.mode} has more than 8 bits, which are clipped; convert it to 8 bits")
             several = getattr(image, "is_animated", False) and image.format != "MPO"  # A camera's preview is no frame.
             image.load()
-            transparent = image.has_transparency_data
+            alpha, cmyk = image.has_transparency_data, image.mode == "CMYK"
             frame = "several pages, first page used" if image.format == "TIFF" else "animated, first frame used"
-            remarks = {frame: several, "alpha channel dropped": transparent, "CMYK converted": image.mode == "CMYK"}
+            remarks = {frame: several, "alpha channel dropped": alpha, "CMYK converted to RGB": cmyk}
             ImageOps.exif_transpose(image, in_place=True)
-            # By way of RGBA, since a palette that has transparency is converted to RGB with a warning.
-            image = image.convert("RGBA") if transparent and image.mode != "RGB" else image
             return image.convert("RGB"), [remark for remark, applies in remarks.items() if applies]
     except DatasetError:
         raise

@@ -486,7 +486,7 @@ def test_cmyk_is_converted_with_a_remark(tmp_path, kind):
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "a", kind)
     image, notes = decode(tmp_path / "a")
     assert (np.abs(pixels(image).astype(int) - (255, 0, 0)) <= 3).all()
-    assert notes == ["CMYK converted"]
+    assert notes == ["CMYK converted to RGB"]
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])

@@ -1,0 +1,1 @@
+"""The `influence` command: a translation of the command line into calls of the library."""

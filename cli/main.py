@@ -1,0 +1,274 @@
+"""Click commands: parse, call one public function, print. Results go to stdout, progress and remarks to stderr."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import pandas as pd
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import influence
+
+_STDERR = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+class Group(click.Group):
+    """Shows the package's own errors as one line; bugs keep their traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command.
+
+        Raises:
+            ClickException: The library refused something; exit code 1.
+        """
+        try:
+            return super().invoke(ctx)
+        except influence.InfluenceError as error:
+            raise click.ClickException(_clean(str(error))) from error
+
+
+def _clean(text: str) -> str:
+    """One line without control characters: names and captions come from strangers' files."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def _say(line: str) -> None:
+    click.echo(_clean(line), err=True)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr; nothing when stderr is not a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_STDERR, disable=not sys.stderr.isatty()) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield show
+
+
+def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Apply several click options as one decorator."""
+
+    def apply(function: Any) -> Any:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+_compute = _options(
+    click.option("--engine", type=click.Choice(["auto", *influence.ENGINES]), default="auto", show_default=True,
+                 help="How gradients are taken; auto: hooks where they cover every parameter."),
+    click.option("--batch-size", type=int, default=influence.DEFAULT_BATCH, show_default=True,
+                 help="Rows (image, draw) in one forward; changes speed and memory, never values."),
+    click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …"),
+)  # fmt: skip
+
+
+@click.group(cls=Group)
+@click.version_option(package_name="influence")
+def cli() -> None:
+    """Whose work made this picture? Training data attribution for fine-tuned diffusion models.
+
+    \b
+    Example:
+      influence build images/ --model my-finetune/ --store my.store
+      influence attribute picture.png --store my.store -k 10
+    """  # noqa: D301
+
+
+@cli.command()
+@click.argument("dataset", type=click.Path(path_type=Path))
+@click.option("--model", required=True, type=click.Path(path_type=Path), help="Diffusers or training output folder.")
+@click.option("--lora", type=click.Path(path_type=Path), help="pytorch_lora_weights.safetensors; adapter only.")
+@click.option("--store", "store", type=click.Path(path_type=Path), help="Folder to write; needed without --plan.")
+@click.option("--dim", type=int, default=8192, show_default=True, help="k, entries of a projected gradient.")
+@click.option("--projection", type=click.Choice(list(influence.PROJECTIONS)), default="countsketch", show_default=True)
+@click.option("--draws", type=int, default=40, show_default=True, help="Draws (t, ε) of each image.")
+@click.option("--curvature-rows", type=int, help="Curvature rows over all images.  [default: 2 × dim]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Key of the projection and of all draws.")
+@click.option("--parameters", metavar="GLOB", help="Parameters to take gradients of.  [default: all trained ones]")
+@click.option("--creator-column", help="Column that names the creator.  [default: creator]")
+@click.option("--resolution", type=int, help="Pixels of a side.  [default: the model's own]")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
+@click.option("--workers", type=int, default=1, show_default=True, help="Processes.")
+@click.option("--plan", is_flag=True, help="Say what it would cost, from two measured batches, and write nothing.")
+@_compute
+def build(dataset: Path, store: Path | None, plan: bool, workers: int, **options: Any) -> None:
+    """Take the gradients of every image of DATASET and keep them in a store.
+
+    Run again, it goes on where it stopped, and takes only images that were added.
+
+    \b
+    Example:
+      influence build images/ --model base/ --lora pytorch_lora_weights.safetensors --store my.store
+    """  # noqa: D301
+    if plan:
+        with _progress() as show:
+            costs = influence.plan(dataset, progress=show, message=_say, **options)
+        for name, value in costs.items():
+            click.echo(f"{name:16}{_quantity(name, value)}")
+        return
+    if store is None:
+        raise click.UsageError("Missing option '--store': the folder to write to.")
+    with _progress() as show:
+        made = influence.build(dataset, store=store, workers=workers, progress=show, message=_say, **options)
+    rows = sum(record.rows for record in made.records().values())
+    psi_rows = sum(record.psi_rows for record in made.records().values())
+    click.echo(f"{store}: {rows} images, {psi_rows} curvature rows, {len(made.refused())} refused")
+
+
+def _quantity(name: str, value: Any) -> str:
+    if name == "seconds":
+        return f"{value:,.0f} (one process)"
+    if name == "disk_bytes":
+        return f"{value / 2**20:,.0f} MiB"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+class _Count(click.ParamType):
+    """A number of rows, or `all`."""
+
+    name = "N|all"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Read it; `all` is 0, since click keeps None for an option that is absent."""
+        if value == "all":
+            return 0
+        try:
+            count = int(value)
+        except ValueError:
+            count = 0
+        if count < 1:
+            self.fail(f"{value!r} is not a number above 0, nor all", param, ctx)
+        return count
+
+
+@cli.command()
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--store", required=True, type=click.Path(path_type=Path))
+@click.option("-k", "k", type=_Count(), default="10", show_default=True, help="Rows for each picture, or all.")
+@click.option("--method", type=click.Choice(list(influence.METHODS)), default="gauss-newton", show_default=True)
+@click.option("--damping", type=float, default=0.1, show_default=True, help="λ in units of tr(H)/k.")
+@click.option("--draws", type=int, default=256, show_default=True, help="Draws (t, ε) of each picture.")
+@click.option("--prompt", help="What the picture was made with; needed if the model reads captions.")
+@click.option("--model", type=click.Path(path_type=Path), help="Where the model is now, if it was moved.")
+@click.option("--lora", type=click.Path(path_type=Path), help="Where the LoRA is now, if it was moved.")
+@click.option("--output", type=click.Path(path_type=Path), help="FILE.csv, .parquet or .json")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@_compute
+def attribute(
+    images: tuple[Path, ...], store: Path, k: int, output: Path | None, as_json: bool, **options: Any
+) -> None:
+    """Name the training images that most lowered the denoising loss of each picture.
+
+    A score above 0 says that training on the image helped to make the picture; it is an estimate.
+
+    \b
+    Example:
+      influence attribute picture.png --store my.store -k 10 --output picture.csv
+    """  # noqa: D301
+    if output is not None and output.suffix not in _WRITERS:
+        raise click.UsageError(f"--output ends in {output.suffix!r}; expected one of {', '.join(_WRITERS)}")
+    with _progress() as show:
+        table = influence.attribute(images, store, k=k or None, progress=show, message=_say, **options)
+    if output is not None:
+        output.write_bytes(_WRITERS[output.suffix](table))
+    if as_json:
+        click.echo(json.dumps(_nested(table), ensure_ascii=False, indent=2))
+        return
+    for query, rows in table.groupby("query", sort=False):
+        _print_table(str(query), rows, table.attrs)
+
+
+def _nested(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """One object for each query."""
+    columns = [name for name in table.columns if name != "query"]
+    return [
+        {"query": query, "attributions": json.loads(rows[columns].to_json(orient="records", double_precision=15))}
+        for query, rows in table.groupby("query", sort=False)
+    ]
+
+
+_WRITERS: dict[str, Callable[[pd.DataFrame], bytes]] = {
+    ".csv": lambda table: table.to_csv(index=False, lineterminator="\n").encode(),
+    ".parquet": lambda table: table.to_parquet(index=False),
+    ".json": lambda table: json.dumps(_nested(table), ensure_ascii=False, indent=2).encode(),
+}
+
+
+def _print_table(query: str, rows: pd.DataFrame, attrs: dict[str, Any]) -> None:
+    """Print the top contributors of one query, and the creators' totals under them."""
+    console = Console(highlight=False)
+    top = Table(title=escape(_clean(f"{query} · {attrs['method']}")), title_justify="left")
+    for name in ("rank", "score", "creator", "file", "caption"):
+        top.add_column(name, justify="right" if name in ("rank", "score") else "left", overflow="fold")
+    for row in rows.itertuples():
+        cells = (str(row.rank), f"{row.score:+.4g}", row.creator, row.file_name, row.caption or "")
+        top.add_row(*(escape(_clean(cell)) for cell in cells))
+    console.print(top)
+    totals = Table(title="by creator, signed sum over all images", title_justify="left")
+    for name in ("total", "images", "creator"):
+        totals.add_column(name, justify="left" if name == "creator" else "right", overflow="fold")
+    for entry in attrs["creator_totals"]:
+        if entry["query"] == query:
+            totals.add_row(f"{entry['total']:+.4g}", str(entry["images"]), escape(_clean(entry["creator"])))
+    console.print(totals)
+
+
+@cli.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(path: Path, as_json: bool) -> None:
+    """Say what PATH is (store, model folder, LoRA, data set or picture), and whether it is whole.
+
+    \b
+    Example:
+      influence inspect my.store
+    """  # noqa: D301
+    facts = influence.inspect(path)
+    if as_json:
+        click.echo(json.dumps(facts, ensure_ascii=False, indent=2))
+    else:
+        _print_facts(facts)
+    if not facts["whole"]:
+        sys.exit(1)
+
+
+def _print_facts(facts: dict[str, Any], indent: int = 0) -> None:
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            click.echo(f"{'  ' * indent}{_clean(name)}:")
+            _print_facts(value, indent + 1)
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            for entry in value or ["none"]:
+                click.echo(f"{'  ' * indent}{_clean(name)}: {_clean(str(entry))}")
+        else:
+            click.echo(f"{'  ' * indent}{_clean(name)}: {_clean(str(value))}")
+
+
+@cli.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("influence-demo"), show_default=True)
+def demo(out: Path) -> None:
+    """Fine-tune a small model on several designers' letters, generate letters, and attribute them.
+
+    \b
+    Example:
+      influence demo --out influence-demo
+    """  # noqa: D301
+    with _progress() as show:
+        made = influence.demo(out, progress=show, message=_say)
+    _print_facts(made)

@@ -1,0 +1,45 @@
+"""Whose work made this picture? Training data attribution for fine-tuned diffusion models."""
+
+from influence.demo import demo
+from influence.errors import (
+    DatasetError,
+    GradientError,
+    InfluenceError,
+    ModelError,
+    OptionError,
+    SpecMismatchError,
+    StoreError,
+)
+from influence.gradients import ENGINES
+from influence.inspection import inspect
+from influence.pipeline import DEFAULT_BATCH, attribute, build, plan
+from influence.projection import PROJECTIONS
+from influence.scoring import METHODS
+from influence.spec import FeatureSpec
+from influence.store import Store, open_store
+
+__all__ = [
+    # the verbs
+    "attribute",
+    "build",
+    "demo",
+    "inspect",
+    "open_store",
+    "plan",
+    # records
+    "FeatureSpec",
+    "Store",
+    # what can be chosen
+    "DEFAULT_BATCH",
+    "ENGINES",
+    "METHODS",
+    "PROJECTIONS",
+    # errors
+    "DatasetError",
+    "GradientError",
+    "InfluenceError",
+    "ModelError",
+    "OptionError",
+    "SpecMismatchError",
+    "StoreError",
+]

@@ -1,0 +1,77 @@
+"""Where shards are built: in this process, or in several. Shards are independent; the store decides who was first."""
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from influence.errors import InfluenceError, OptionError, StoreError
+
+Work = Callable[[int], None]
+"""Build and commit one shard."""
+
+
+def run_here(work: Work, shards: Sequence[int], done: Callable[[int], Any]) -> None:
+    """Build shards one after the other in this process; `done` is called with the number of each."""
+    for shard in shards:
+        work(shard)
+        done(shard)
+
+
+def run_processes(
+    prepare: Callable[[int], Work], shards: Sequence[int], workers: int, done: Callable[[int], Any]
+) -> None:
+    """Build shards in fresh processes, every `workers`-th shard in each.
+
+    Args:
+        prepare: Called in each process with the number of processes; must be picklable, and give the work.
+        shards: Numbers of the shards to build.
+        workers: Number of processes.
+        done: Called in this process as each shard is committed.
+
+    Raises:
+        InfluenceError: The first error of a worker, as it was raised there.
+        StoreError: A worker died.
+    """
+    if workers < 1:
+        raise OptionError(f"workers is {workers}; expected at least 1")
+    context = multiprocessing.get_context("spawn")  # HDF5 and CUDA do not survive a fork
+    processes = []
+    for first in range(min(workers, len(shards))):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_worker, args=(prepare, shards[first::workers], workers, sender), daemon=True)
+        process.start()
+        sender.close()
+        processes.append((process, receiver))
+    try:
+        pending = {receiver: process for process, receiver in processes}
+        while pending:
+            for receiver in multiprocessing.connection.wait(list(pending)):
+                try:
+                    message = receiver.recv()
+                except EOFError:
+                    process = pending.pop(receiver)
+                    process.join()
+                    if process.exitcode != 0:
+                        raise StoreError(
+                            f"a worker ended with exit code {process.exitcode}; what it committed is kept: "
+                            "run the same command again to go on"
+                        ) from None
+                    continue
+                if isinstance(message, InfluenceError):
+                    raise message
+                done(message)
+    finally:
+        for process, receiver in processes:
+            process.terminate()
+            process.join()
+            receiver.close()
+
+
+def _worker(prepare: Callable[[int], Work], shards: Sequence[int], workers: int, sender: Any) -> None:
+    with contextlib.closing(sender):
+        try:
+            run_here(prepare(workers), shards, sender.send)
+        except InfluenceError as error:
+            sender.send(error)
