@@ -1,4 +1,4 @@
-"""Trains the base model of the demo, `influence/demo_base`: capital letters of 70 font families.
+"""Trains the base model of the demo, `influence/demo_base`: capital letters of 73 font families.
 
 The model that is in the repository was made on 2 cores of an AMD EPYC by
 
@@ -36,14 +36,14 @@ FONTS = """
     play==2.101 playfair-display==1.203 poppins==4.4 pt-serif==1.0 questrial==2.0 quicksand==3.6 righteous==1.0
     roboto-slab==2.2 rowdies==1.0 russo-one==1.0 satisfy==1.1 shadows-into-light==1.0 space-mono==1.3 syne==2.200
     titan-one==1.1 unbounded==1.701 varela-round==3.10 yanone-kaffeesatz==2.3 zeyada==1.2 zilla-slab==1.2
-""".split()
+"""
 """PyPI packages `fontpkg-…` and their versions."""
 
 
 def fetch(folder: Path) -> list[Path]:
     """Install the font packages into a folder of their own, unless it is there; the paths of all font files."""
     if not folder.exists():
-        packages = [f"fontpkg-{font}" for font in FONTS]
+        packages = [f"fontpkg-{font}" for font in FONTS.split()]
         subprocess.run([sys.executable, "-m", "pip", "install", "--no-deps", "--target", folder, *packages], check=True)
     return sorted(folder.rglob("*.ttf"), key=lambda path: path.name)
 

@@ -75,11 +75,8 @@ def _primal(blocks: Blocks, dim: int, damping: float) -> Curvature:
 
 
 def _dual(blocks: Blocks, dim: int, damping: float) -> Curvature:
-    parts, total = [], 0.0
-    for rows, weight in _weighted(blocks):
-        parts.append(rows)
-        total += weight
-    psi = torch.cat(parts)
+    parts = list(_weighted(blocks))
+    psi, total = torch.cat([rows for rows, _ in parts]), sum(weight for _, weight in parts)
     m = torch.zeros(len(psi), len(psi), dtype=torch.float64)
     for start in range(0, dim, _BLOCK):
         columns = psi[:, start : start + _BLOCK]
@@ -109,3 +106,8 @@ def solve(curvature: Curvature, v: Float[Tensor, "rows k"]) -> Float64[Tensor, "
     psi = curvature.psi.double()
     alpha = torch.cholesky_solve(psi @ v.T, curvature.factor)  # [R, rows]
     return (v - alpha.T @ psi) / curvature.damping
+
+
+def stack(blocks: Blocks) -> Float32[Tensor, "rows k"]:
+    """Ψ of the dual, weights inside, for a factor that was kept."""
+    return torch.cat([rows for rows, _ in _weighted(blocks)])

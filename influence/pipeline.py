@@ -158,8 +158,6 @@ def _load(options: _BuildOptions, message: Message) -> Loaded:
         resolution=options.resolution,
         device=device,
     )
-    for note in denoiser.notes:
-        message(note)
     shapes = {name: tuple(parameter.shape) for name, parameter in denoiser.parameters.items()}
     dim = options.dim
     if options.projection == "identity":
@@ -227,7 +225,9 @@ def _read(
     progress: Progress,
     message: Message,
 ) -> datasets.Dataset:
-    """Read the data set and report on it."""
+    """Read the data set; report on it and on what was assumed of the model."""
+    for note in denoiser.notes:
+        message(note)
     data = datasets.read_dataset(
         Path(dataset),
         creator_column=creator_column,

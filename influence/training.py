@@ -240,7 +240,7 @@ def estimate_x0(schedule: NoiseSchedule, prediction: Tensor, x: Tensor, a: float
     return (x - math.sqrt(1 - a) * prediction) / math.sqrt(a)
 
 
-def _check_positive(**options: float) -> None:
+def _check_positive(**options: int | float) -> None:
     for name, value in options.items():
         if not value > 0 or not math.isfinite(value):
             raise OptionError(f"{name} is {value}; expected a positive number; pass a larger one")

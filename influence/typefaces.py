@@ -12,18 +12,17 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from influence.datasets import UNKNOWN_CREATOR
 from influence.errors import DatasetError
 
-UNKNOWN_CREATOR = "_unknown_creator"
-
 DEMO_FONTS = {
-    "font-amatic-sc": "AmaticSC-Regular.ttf",
+    "font-amatic-sc": "AmaticSC-Bold.ttf",
     "font-caladea": "Caladea-Regular.ttf",
     "font-fredoka-one": "FredokaOne-Regular.ttf",
-    "font-intuitive": "Intuitive.ttf",
     "font-manrope": "Manrope-ExtraLight.ttf",
+    "font-source-serif-pro": "SourceSerifPro-BlackIt.ttf",
 }
 """Package and file of the fonts of the demo: five designers whose letters differ at a glance."""
 
@@ -98,7 +97,7 @@ def read_typeface(path: Path) -> Typeface:
             "fontTools is not installed; expected it to read a font's designer; run pip install fonttools"
         ) from None
     try:
-        with TTFont(path, lazy=True) as font:
+        with Path(path).open("rb") as file, TTFont(file, lazy=True) as font:
             table = font["name"]
             names = {number: _tidy(table.getDebugName(number)) for number in (0, 1, 4, 8, 9, 13, 14)}
     except (TTLibError, KeyError, OSError) as error:
@@ -136,25 +135,23 @@ def draw(path: Path, letters: str, size: int) -> list[Image.Image]:
         trial = ImageFont.truetype(path, scale, layout_engine=ImageFont.Layout.BASIC)
     except OSError as error:
         raise DatasetError(f"{path} cannot be drawn from ({error}); expected a .ttf or .otf file; remove it") from error
-    boxes = [trial.getbbox(letter, anchor="ls") for letter in letters]
-    for letter, (left, top, right, bottom) in zip(letters, boxes, strict=True):
-        if right <= left or bottom <= top:
+    largest = 0
+    for letter in letters:
+        ink = _ink(trial, letter)
+        if ink is None:
             raise DatasetError(f"{path} draws nothing for {letter!r}; expected a visible letter; leave the letter out")
-    largest = max(max(right - left, bottom - top) for left, top, right, bottom in boxes)
+        largest = max(largest, *ink.size)
     font = trial.font_variant(size=int(scale * room / largest))
     pictures = []
     for letter in letters:
-        left, top, right, bottom = font.getbbox(letter, anchor="ls")
+        ink = _ink(font, letter)
         canvas = Image.new("L", (scale, scale), 255)
-        origin = ((scale - left - right) // 2, (scale - top - bottom) // 2)
-        ImageDraw.Draw(canvas).text(origin, letter, fill=0, font=font, anchor="ls")
+        canvas.paste(ink, ((scale - ink.width) // 2, (scale - ink.height) // 2))
         pictures.append(canvas.reduce(_OVERSAMPLING))
     return pictures
 
 
-def render(
-    out: Path, fonts: Iterable[Path], letters: str = string.ascii_uppercase, size: int = 24
-) -> list[Typeface]:
+def render(out: Path, fonts: Iterable[Path], letters: str = string.ascii_uppercase, size: int = 24) -> list[Typeface]:
     """Write a data set folder: `images/*.png` and `metadata.csv`, one row for each letter of each font.
 
     Args:
@@ -191,6 +188,15 @@ def render(
     return typefaces
 
 
+def _ink(font: ImageFont.FreeTypeFont, letter: str) -> Image.Image | None:
+    """A letter, black on white, cut to what is drawn of it: `font.getbbox` would add the room beside it."""
+    side = int(3 * font.size)
+    canvas = Image.new("L", (side, side), 0)
+    ImageDraw.Draw(canvas).text((side // 3, 2 * side // 3), letter, fill=255, font=font, anchor="ls")
+    box = canvas.getbbox()
+    return ImageOps.invert(canvas.crop(box)) if box else None
+
+
 def _tidy(text: str | None) -> str:
     """A name on one line."""
     return " ".join((text or "").replace("\0", "").split())
@@ -207,7 +213,7 @@ def _licence(text: str) -> str:
     """A licence's description; some fonts put all of a licence's text there, of which its own name is enough."""
     if len(text) <= 200:
         return text
-    known = re.search(r"SIL Open Font License,? Version \d\.\d|Apache License,? Version \d\.\d", text, re.IGNORECASE)
+    known = re.search(r"(SIL Open Font|Apache) License( \(OFL\))?,? Version \d\.\d", text, re.IGNORECASE)
     return known[0] if known else text[:199] + "…"
 
 

@@ -1,0 +1,5 @@
+"""The demo."""
+
+
+def demo(*args, **kwargs):
+    """Do it."""

@@ -1,0 +1,425 @@
+"""Diffusers folders and LoRA files → `Denoiser`: the only module that knows which model it is.
+
+Weights are read from safetensors files alone, in float32; nothing is fetched and no code of a folder runs.
+"""
+
+import contextlib
+import fnmatch
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from influence.diffusion import TARGETS, NoiseSchedule
+from influence.errors import ModelError
+
+PIPELINES = ("DDPMPipeline", "StableDiffusionPipeline")
+LORA_FILE = "pytorch_lora_weights.safetensors"
+_MAX_CAPTIONS = 1024
+
+
+class Denoiser(Protocol):
+    """What the stages may know about a model."""
+
+    network: nn.Module
+    """Called as `network(x_t, t, cond)`; in evaluation mode, no parameter asks for a gradient."""
+    schedule: NoiseSchedule
+    parameters: dict[str, nn.Parameter]
+    """The parameters that gradients are taken of, in the order of the network."""
+    sample_shape: tuple[int, int, int]
+    """Shape of a noised image or latent."""
+    image_size: tuple[int, int, int]
+    """Channels, height and width of the pictures that `encode_images` takes."""
+    conditional: bool
+    """Whether the network reads captions."""
+    identity: dict[str, str | None]
+    """SHA-256 of `model`, `encoders`, `lora`, `parameters` and `schedule`, as in FeatureSpec."""
+    notes: list[str]
+    """Assumptions and warnings that a person must see."""
+
+    def encode_images(self, images: Float[Tensor, "images channels height width"]) -> Tensor:
+        """Pictures in −1 … 1 → what is noised, `[images, *sample_shape]`."""
+
+    def encode_captions(self, captions: list[str]) -> Float[Tensor, "images tokens width"]:
+        """Captions → what the network is conditioned on."""
+
+
+class _Unconditional:
+    """A UNet2DModel on pixels."""
+
+    def __init__(self, unet: UNet2DModel, schedule: NoiseSchedule, height: int) -> None:
+        self.network: nn.Module = _Network(unet)
+        self.schedule = schedule
+        self.conditional = False
+        self.sample_shape = (unet.config.in_channels, height, height)
+        self.image_size = self.sample_shape
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """The pictures themselves."""
+        return images
+
+    def encode_captions(self, captions: list[str]) -> Tensor:
+        """Refuse.
+
+        Raises:
+            ModelError: Always.
+        """
+        raise ModelError("the model reads no captions")
+
+
+class _StableDiffusion:
+    """A UNet2DConditionModel on the latents of a VAE, conditioned on a CLIP text encoder."""
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        schedule: NoiseSchedule,
+        height: int,
+    ) -> None:
+        self.network: nn.Module = _Network(unet)
+        self.schedule = schedule
+        self.conditional = True
+        self._vae, self._text_encoder, self._tokenizer = vae, text_encoder, tokenizer
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.sample_shape = (unet.config.in_channels, height // factor, height // factor)
+        self.image_size = (vae.config.in_channels, height, height)
+        self._captions: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Mode of the VAE's posterior × its scaling factor: training samples it, the mode is its centre."""
+        latents = self._vae.encode(images).latent_dist.mode()
+        return (latents - (self._vae.config.shift_factor or 0.0)) * self._vae.config.scaling_factor
+
+    @torch.no_grad()
+    def encode_captions(self, captions: list[str]) -> Tensor:
+        """Tokens padded and cut to the model's length, as the training scripts do; each caption is encoded once."""
+        if len(self._captions) > _MAX_CAPTIONS:
+            self._captions.clear()
+        for caption in set(captions) - set(self._captions):
+            tokens = self._tokenizer(
+                caption,
+                max_length=self._tokenizer.model_max_length,
+                padding="max_length",
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids
+            self._captions[caption] = self._text_encoder(tokens.to(self._text_encoder.device))[0]
+        return torch.cat([self._captions[caption] for caption in captions])
+
+
+class _Network(nn.Module):
+    """A diffusers UNet called as `network(x_t, t, cond)`."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
+        """Predict."""
+        if cond is None:
+            return self.unet(x_t, t).sample
+        return self.unet(x_t, t, encoder_hidden_states=cond).sample
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars or advice of transformers on stderr; its settings as before at the end."""
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()
+
+
+with _quiet():  # it remarks at import that torchvision, which nothing here needs, is absent
+    from diffusers import StableDiffusionPipeline
+
+
+def load_denoiser(
+    path: str | Path,
+    *,
+    lora: str | Path | None = None,
+    parameters: str | None = None,
+    resolution: int | None = None,
+    device: str = "cpu",
+) -> Denoiser:
+    """Load a fine-tuned model.
+
+    Args:
+        path: A DDPMPipeline or StableDiffusionPipeline folder, a training output folder with `checkpoint-*/unet` or
+            `unet_ema`, or one such checkpoint; the base pipeline if `lora` is given.
+        lora: `pytorch_lora_weights.safetensors`, or a folder that holds it. Gradients are then of the adapter only.
+        parameters: Globs over parameter names, separated by commas; all by default.
+        resolution: Pixels of a side; the model's own by default.
+        device: Where to put it.
+
+    Raises:
+        ModelError: The folder is not one of these, lacks a part, or holds something that no stage supports.
+    """
+    with _quiet():
+        return _load_denoiser(Path(path), lora, parameters, resolution, device)
+
+
+def _load_denoiser(
+    folder: Path, lora: str | Path | None, parameters: str | None, resolution: int | None, device: str
+) -> Denoiser:
+    if not folder.is_dir():
+        raise ModelError(f"there is no model folder at {folder}; expected a diffusers or training output folder")
+    notes: list[str] = []
+    unet_folder, parts = _find(folder, notes)
+    unet = _load_unet(unet_folder)
+    schedule = _schedule(parts, unet, notes)
+    base = _tensors_sha(unet.state_dict())
+    if isinstance(unet, UNet2DModel):
+        denoiser, encoders = _unconditional(unet, schedule, resolution), hashlib.sha256(b"none").hexdigest()
+    else:
+        denoiser, encoders = _stable_diffusion(unet, schedule, parts, resolution)
+    adapter = None if lora is None else _add_lora(denoiser, unet, Path(lora), notes)
+    selected = _select(unet, adapter is not None, parameters)
+    for module in vars(denoiser).values():
+        if isinstance(module, nn.Module):
+            module.eval().requires_grad_(False).to(device)
+    if schedule.weighting == "uniform":
+        notes.append("training loss assumed: plain mean squared error, uniform timesteps, no flips or random crops")
+    denoiser.parameters = selected
+    denoiser.notes = notes
+    denoiser.identity = {
+        "model": base,
+        "encoders": encoders,
+        "lora": adapter,
+        "parameters": _sha([json.dumps([(name, list(p.shape)) for name, p in selected.items()]).encode()]),
+        "schedule": _sha([np.asarray(schedule.alphas_cumprod, "<f8").tobytes()]),
+    }
+    return denoiser
+
+
+# Folders ------------------------------------------------------------------------------------------------------------
+
+
+def _find(folder: Path, notes: list[str]) -> tuple[Path, Path]:
+    """The folder of the UNet's weights, and the folder where the other parts lie."""
+    if (folder / "model_index.json").exists():
+        name = _json(folder / "model_index.json").get("_class_name")
+        if name not in PIPELINES:
+            raise ModelError(f"{folder} is a {name}; supported: {', '.join(PIPELINES)}")
+        if (folder / "unet").is_dir():
+            return folder / "unet", folder
+    checkpoint = folder
+    if not ((folder / "unet").is_dir() or (folder / "unet_ema").is_dir()):
+        numbered = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := re.fullmatch(r".*-(\d+)", p.name))]
+        usable = [p for _, p in sorted(numbered) if (p / "unet").is_dir() or (p / "unet_ema").is_dir()]
+        if not usable:
+            raise ModelError(
+                f"{folder} holds no model_index.json and no checkpoint-*/unet or unet_ema; "
+                "expected a diffusers pipeline or a training output folder"
+            )
+        checkpoint = usable[-1]
+    unet = checkpoint / "unet_ema" if (checkpoint / "unet_ema").is_dir() else checkpoint / "unet"
+    notes.append(f"weights taken from {unet.relative_to(folder.parent)}")
+    root = folder.parent if checkpoint == folder and folder.name.startswith("checkpoint-") else folder
+    origin = Path(str(_json(unet / "config.json").get("_name_or_path") or ""))
+    for candidate in (root, origin, origin.parent):
+        if candidate != Path() and candidate.is_absolute() | (candidate == root) and (candidate / "scheduler").is_dir():
+            return unet, candidate
+    return unet, root
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds a {type(value).__name__}; expected a JSON object")
+    return value
+
+
+UNETS = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
+
+
+def _load_unet(folder: Path) -> UNet2DModel | UNet2DConditionModel:
+    name = _json(folder / "config.json").get("_class_name")
+    if name not in UNETS:
+        raise ModelError(f"{folder} is a {name}; supported: {', '.join(UNETS)}")
+    unet = _load(UNETS[name], folder)
+    odd = [key for key in ("class_embed_type", "num_class_embeds", "addition_embed_type") if unet.config.get(key)]
+    if odd:
+        raise ModelError(f"{folder} needs more than an image, a timestep and a caption ({odd[0]}); not supported")
+    return unet
+
+
+def _load(kind: Any, folder: Path) -> Any:
+    """`from_pretrained` for one part: local, safetensors only, float32, finite."""
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is missing; expected the {folder.name} of the pipeline")
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
+    names = [file.name for file in folder.glob("*.safetensors")]
+    if names and all(".fp16." in name for name in names):
+        options["variant"] = "fp16"
+    if not names:
+        raise ModelError(f"{folder} holds no .safetensors file; convert the weights, pickled ones are not read")
+    try:
+        module = kind.from_pretrained(folder, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+    module = module.float()
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"{folder}: tensor {name} holds NaN or infinity; the weights are damaged")
+    return module
+
+
+def _schedule(parts: Path, unet: nn.Module, notes: list[str]) -> NoiseSchedule:
+    """ᾱ and the prediction type, from the scheduler's config."""
+    file = parts / "scheduler" / "scheduler_config.json"
+    if file.exists():
+        config = _json(file)
+    elif isinstance(unet, UNet2DModel):
+        config = {"_class_name": "DDPMScheduler"}
+        notes.append("no scheduler in the folder: assumed DDPM, 1000 steps, linear betas, epsilon prediction")
+    else:
+        raise ModelError(f"{file} is missing; copy the scheduler folder of the base model to {parts}")
+    name = str(config.get("_class_name"))
+    if "FlowMatch" in name or not hasattr(diffusers, name) or "beta_schedule" not in {"beta_schedule", *config}:
+        raise ModelError(f"scheduler {name} is not supported; expected one of the DDPM family (DDPM, DDIM, PNDM …)")
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in TARGETS:
+        raise ModelError(f"prediction type {prediction!r} is not supported; expected {', '.join(TARGETS)}")
+    alphas = DDPMScheduler.from_config(config).alphas_cumprod.double()
+    if not bool(torch.isfinite(alphas).all()) or not bool(((alphas >= 0) & (alphas <= 1)).all()):
+        raise ModelError(f"{file}: the noise schedule leaves 0 … 1")
+    return NoiseSchedule(tuple(alphas.tolist()), prediction, "snr" if prediction == "sample" else "uniform")
+
+
+def _unconditional(unet: UNet2DModel, schedule: NoiseSchedule, resolution: int | None) -> Any:
+    height = _side(unet, resolution, 1)
+    return _Unconditional(unet, schedule, height)
+
+
+def _stable_diffusion(
+    unet: UNet2DConditionModel, schedule: NoiseSchedule, parts: Path, resolution: int | None
+) -> tuple[Any, str]:
+    vae = _load(AutoencoderKL, parts / "vae")
+    text_encoder = _load(CLIPTextModel, parts / "text_encoder")
+    folder = parts / "tokenizer"
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is missing; copy the tokenizer folder of the base model to {parts}")
+    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    side = _side(unet, resolution, 2 ** (len(vae.config.block_out_channels) - 1))
+    facts = (vae.config.scaling_factor, vae.config.shift_factor, tokenizer.model_max_length)
+    sha = _sha(
+        [
+            *(_tensors_sha(module.state_dict()).encode() for module in (vae, text_encoder)),
+            repr(facts).encode(),
+            json.dumps(sorted(tokenizer.get_vocab().items())).encode(),
+        ]
+    )
+    return _StableDiffusion(unet, vae, text_encoder, tokenizer, schedule, side), sha
+
+
+def _side(unet: nn.Module, resolution: int | None, factor: int) -> int:
+    """Pixels of a side, checked against what the network can take."""
+    size = unet.config.sample_size
+    if resolution is None:
+        if not isinstance(size, int):
+            raise ModelError(f"the UNet's config has sample_size {size}; say the pixels of a side with --resolution")
+        resolution = size * factor
+    step = factor * 2 ** (len(unet.config.block_out_channels) - 1)
+    if resolution < step or resolution % step:
+        raise ModelError(f"resolution is {resolution}; this model takes multiples of {step}")
+    return resolution
+
+
+# Adapters and parameters --------------------------------------------------------------------------------------------
+
+
+def _add_lora(denoiser: Any, unet: nn.Module, lora: Path, notes: list[str]) -> str:
+    """Put the adapter into the networks; its SHA-256."""
+    file = lora / LORA_FILE if lora.is_dir() else lora
+    if file.suffix != ".safetensors" or not file.is_file():
+        raise ModelError(f"there is no LoRA at {file}; expected a .safetensors file, or a folder with {LORA_FILE}")
+    if not isinstance(unet, UNet2DConditionModel):
+        raise ModelError("a LoRA needs a StableDiffusionPipeline as its base; this model is unconditional")
+    try:
+        state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
+            str(file), return_lora_metadata=True, local_files_only=True, unet_config=unet.config
+        )
+        bad = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
+        if bad:
+            raise ModelError(f"{file}: tensor {bad[0]} holds NaN or infinity; the weights are damaged")
+        known = [name for name in state if name.startswith(("unet.", "text_encoder."))]
+        if len(known) < len(state):
+            odd = next(name for name in state if name not in known)
+            raise ModelError(f"{file}: {odd} belongs to no part of a StableDiffusionPipeline")
+        StableDiffusionPipeline.load_lora_into_unet(state, network_alphas=alphas, unet=unet, metadata=metadata)
+        StableDiffusionPipeline.load_lora_into_text_encoder(
+            state, network_alphas=alphas, text_encoder=denoiser._text_encoder, metadata=metadata
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{file} does not fit the model: {str(error).splitlines()[0]}") from None
+    loaded = {name: p for name, p in unet.named_parameters() if "lora_" in name}
+    expected = sum(name.startswith("unet.") and "lora" in name for name in state)
+    if not loaded or len(loaded) != expected:
+        raise ModelError(f"{file} has {expected} UNet tensors, of which {len(loaded)} fit the model; is it of this base?")
+    if any(name.startswith("text_encoder.") for name in state):
+        notes.append("the LoRA also changes the text encoder: applied, but gradients are of the UNet's adapter only")
+    if all(not bool(p.any()) for name, p in loaded.items() if "lora_B" in name):
+        notes.append("every lora_B is zero: this adapter was never trained, and gradients of lora_A are zero")
+    scalings = sorted(
+        (name, sorted(module.scaling.items())) for name, module in unet.named_modules() if hasattr(module, "scaling")
+    )
+    return _sha([_tensors_sha(state).encode(), repr(scalings).encode()])
+
+
+def _select(unet: nn.Module, adapter: bool, globs: str | None) -> dict[str, nn.Parameter]:
+    named = {n: p for n, p in unet.named_parameters() if p.is_floating_point() and (not adapter or "lora_" in n)}
+    if globs is None:
+        return named
+    chosen = {n: p for n, p in named.items() if any(fnmatch.fnmatchcase(n, g.strip()) for g in globs.split(","))}
+    if not chosen:
+        raise ModelError(f"--parameters {globs!r} matches none of {len(named)} parameters; one is {next(iter(named))}")
+    return chosen
+
+
+# Identity -----------------------------------------------------------------------------------------------------------
+
+
+def _sha(parts: Iterable[bytes]) -> str:
+    hasher = hashlib.sha256()
+    for part in parts:
+        hasher.update(len(part).to_bytes(8, "little") + part)
+    return hasher.hexdigest()
+
+
+def _tensors_sha(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and values: the same however the tensors were split into files."""
+
+    def parts() -> Iterable[bytes]:
+        for name in sorted(tensors):
+            value = tensors[name].detach().cpu().contiguous()
+            yield f"{name} {value.dtype} {tuple(value.shape)}".encode()
+            yield value.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+    return _sha(parts())
