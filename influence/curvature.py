@@ -15,8 +15,8 @@ from torch import Tensor
 
 from influence.errors import OptionError
 
-Blocks = Iterable[tuple[Float32[np.ndarray, "rows k"], Float64[np.ndarray, " rows"]]]
-"""Rows and their weights, one block after the other."""
+Blocks = Iterable[tuple[Float32[np.ndarray, "_ _"], Float64[np.ndarray, "_"]]]
+"""Rows `[rows, k]` and their weights `[rows]`, one block after the other."""
 
 _BLOCK = 2048
 

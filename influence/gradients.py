@@ -8,7 +8,7 @@ group of consecutive rows. `vmap` is the reference: any module, any parameter, a
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -220,8 +220,8 @@ class _Pass:
     """What the tensor hooks of a backward pass write to; set anew before each."""
 
     group: int = 1
-    features: Tensor = None  # type: ignore[assignment]
-    reached: set[str] = None  # type: ignore[assignment]
+    features: Tensor | None = None
+    reached: set[str] = field(default_factory=set)
 
 
 def _holders(network: nn.Module, parameters: Parameters) -> list[tuple[nn.Module, list[tuple[nn.Parameter, str]]]]:
@@ -312,7 +312,7 @@ def _linear(module: nn.Linear, x: Tensor, grad: Tensor, group: int) -> Gradients
         yield module.bias, grad.sum(1)
 
 
-def _linear_bytes(module: nn.Linear, x: Tensor) -> int:
+def _weight_bytes(module: nn.Linear | nn.Embedding, x: Tensor) -> int:
     return 4 * module.weight.numel()
 
 
@@ -376,12 +376,12 @@ def _embedding_covers(module: nn.Embedding) -> bool:
 
 
 RULES: dict[type[nn.Module], Rule] = {
-    nn.Linear: Rule(_linear, bytes=_linear_bytes),
+    nn.Linear: Rule(_linear, bytes=_weight_bytes),
     nn.Conv2d: Rule(_conv2d, covers=_conv2d_covers, bytes=_conv2d_bytes),
     nn.GroupNorm: Rule(_group_norm),
     nn.LayerNorm: Rule(_layer_norm),
     nn.RMSNorm: Rule(_rms_norm),
-    nn.Embedding: Rule(_embedding, covers=_embedding_covers, bytes=_linear_bytes),
+    nn.Embedding: Rule(_embedding, covers=_embedding_covers, bytes=_weight_bytes),
 }
 
 ENGINES = {"hooks": _hooks, "vmap": _vmap}

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import diffusers
 import numpy as np
@@ -29,6 +29,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 _MAX_CAPTIONS = 1024
 
 
+@runtime_checkable
 class Denoiser(Protocol):
     """What the stages may know about a model."""
 

@@ -63,12 +63,12 @@ def precondition(
     return v
 
 
-Block = tuple[Sequence[str], Float32[np.ndarray, "train k"]]
+Block = tuple[Sequence[str], Float32[np.ndarray, "_ _"]]
 
 
 def scores(
     method: Method, v: Float64[Tensor, "query k"], blocks: Iterable[Block]
-) -> Iterator[tuple[Sequence[str], Float64[np.ndarray, "query train"]]]:
+) -> Iterator[tuple[Sequence[str], Float64[np.ndarray, "_ _"]]]:
     """Score block by block: item ids `[train]` and τ `[query, train]`.
 
     Raises:

@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from influence.errors import SpecMismatchError
 
@@ -55,7 +55,7 @@ class FeatureSpec:
         return dataclasses.asdict(self) | {"sample_shape": list(self.sample_shape)}
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+    def from_json(cls, fields: Mapping[str, Any]) -> "FeatureSpec":
         """Read the fields back.
 
         Raises:

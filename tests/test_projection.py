@@ -38,7 +38,7 @@ def test_the_gather_of_accelerators_equals_the_slices_of_the_cpu(dim, entries, m
     by_slices, by_gather = torch.zeros(3, dim), torch.zeros(3, dim)
     projections._add_slices(by_slices, grads, signs, offsets)
     projections._add_gathered(by_gather, grads, signs, offsets)
-    torch.testing.assert_close(by_gather, by_slices)
+    torch.testing.assert_close(by_gather, by_slices, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("cache", [0, 1 << 30])
@@ -137,7 +137,7 @@ def integers_of(name):
     return hashlib.sha256(dense.round().to(torch.int8).numpy().tobytes()).hexdigest()[:16]
 
 
-GOLDEN = {"countsketch": "", "rademacher": ""}
+GOLDEN = {"countsketch": "98f0047125176fa8", "rademacher": "8c36ae9e5ce93cd0"}
 
 
 @pytest.mark.parametrize("name", GOLDEN)

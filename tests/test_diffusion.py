@@ -1,0 +1,91 @@
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from influence import diffusion, keys
+from influence.diffusion import NoiseSchedule
+from influence.errors import ModelError
+
+SHAPE = (2, 3, 3)
+
+
+def schedule_of(prediction="epsilon", weighting="uniform"):
+    return NoiseSchedule(tuple(DDPMScheduler().alphas_cumprod.double().tolist()), prediction, weighting)
+
+
+def rows(n):
+    x0 = torch.from_numpy(keys.normal(("x0",), (n, *SHAPE)))
+    eps = torch.from_numpy(keys.normal(("eps",), (n, *SHAPE)))
+    return x0, torch.from_numpy(keys.integers(("t",), n, 1000)), eps
+
+
+@pytest.mark.parametrize("prediction", diffusion.TARGETS)
+def test_noising_and_targets_equal_those_of_diffusers(prediction):
+    x0, t, eps = rows(16)
+    scheduler = DDPMScheduler()
+    ours = schedule_of(prediction)
+    torch.testing.assert_close(diffusion.noised(ours, x0, t, eps), scheduler.add_noise(x0, eps, t), rtol=1e-5, atol=1e-6)
+    wanted = {"epsilon": eps, "v_prediction": scheduler.get_velocity(x0, eps, t), "sample": x0}[prediction]
+    torch.testing.assert_close(diffusion.target(ours, x0, t, eps), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction", diffusion.TARGETS)
+@pytest.mark.parametrize("weighting", ["uniform", "snr"])
+def test_the_loss_is_zero_at_the_target_and_a_weighted_mean_square_elsewhere(prediction, weighting):
+    x0, t, eps = rows(16)
+    ours = schedule_of(prediction, weighting)
+    y = diffusion.target(ours, x0, t, eps)
+    assert diffusion.losses(ours, y, x0, t, eps).abs().max() == 0
+    a = DDPMScheduler().alphas_cumprod.double()[t]
+    w = torch.ones(16, dtype=torch.float64) if weighting == "uniform" else a / (1 - a)
+    torch.testing.assert_close(diffusion.losses(ours, y + 2, x0, t, eps).double(), 4 * w, rtol=1e-4, atol=1e-6)
+
+
+def test_draws_depend_on_their_key_alone_and_can_be_taken_in_part():
+    t, eps = diffusion.draws(0, "train", "id", 8, 1000, SHAPE)
+    t2, eps2 = diffusion.draws(0, "train", "id", 8, 1000, SHAPE, which=[5, 2])
+    assert torch.equal(t2, t[[5, 2]]) and torch.equal(eps2, eps[[5, 2]])
+    for other in ((1, "train", "id"), (0, "query", "id"), (0, "train", "other")):
+        assert not torch.equal(diffusion.draws(*other, 8, 1000, SHAPE)[1], eps)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 40])
+def test_timesteps_are_stratified_and_noise_is_antithetic(count):
+    t, eps = diffusion.draws(3, "train", "id", count, 1000, SHAPE)
+    strata = (t.double() + 0.5) * count / 1000
+    assert (strata.floor().long() - torch.arange(count)).abs().max() <= 1  # a rounding at the edge of a stratum
+    for s in range(0, count - 1, 2):
+        assert torch.equal(eps[s], -eps[s + 1])
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0, 2.5, 8.0, 99.0])
+def test_curvature_draws_have_the_rate_on_average_and_are_distinct(rate):
+    counts = []
+    for i in range(400):
+        chosen = diffusion.curvature_draws(0, str(i), 8, rate)
+        assert len(set(chosen.tolist())) == len(chosen) and all(0 <= s < 8 for s in chosen)
+        counts.append(len(chosen))
+    assert set(counts) <= {int(min(rate, 8)), int(min(np.ceil(rate), 8))}
+    assert abs(np.mean(counts) - min(rate, 8)) <= 5 * 0.5 / 400**0.5
+
+
+def test_probes_are_keyed_by_image_and_draw():
+    a = diffusion.probes(0, "id", np.array([1, 4]), SHAPE)
+    assert torch.equal(a[1], diffusion.probes(0, "id", np.array([4]), SHAPE)[0])
+    assert diffusion.probes(0, "id", np.array([], dtype=int), SHAPE).shape == (0, *SHAPE)
+
+
+def test_unknown_predictions_and_weightings_are_refused():
+    with pytest.raises(ModelError, match="prediction type 'flow' is not supported; expected epsilon"):
+        schedule_of("flow")
+    with pytest.raises(ModelError, match="weighting 'min_snr' is not supported"):
+        schedule_of("epsilon", "min_snr")
+
+
+def test_zero_terminal_snr_gives_finite_losses():
+    scheduler = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    ours = NoiseSchedule(tuple(scheduler.alphas_cumprod.double().tolist()), "v_prediction", "uniform")
+    x0, _, eps = rows(2)
+    t = torch.tensor([999, 999])
+    assert torch.isfinite(diffusion.losses(ours, x0, x0, t, eps)).all()
