@@ -1,5 +1,6 @@
 """Whose work made this picture? Training data attribution for fine-tuned diffusion models."""
 
+from influence.attribution import attribute
 from influence.demo import demo
 from influence.errors import (
     DatasetError,
@@ -12,13 +13,13 @@ from influence.errors import (
 )
 from influence.gradients import ENGINES
 from influence.inspection import inspect
-from influence.pipeline import DEFAULT_BATCH, attribute, build, plan
+from influence.pipeline import DEFAULT_BATCH, build, plan
 from influence.projection import PROJECTIONS
 from influence.scoring import METHODS
 from influence.spec import FeatureSpec
 from influence.store import Store, open_store
 
-__all__ = [
+__all__ = [  # noqa: RUF022 - grouped by what they are
     # the verbs
     "attribute",
     "build",

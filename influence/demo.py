@@ -1,5 +1,126 @@
-"""The demo."""
+"""The demo: letters of five designers, a small model fine-tuned on them, and whose letters made what it generates."""
+
+import contextlib
+import importlib.resources
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from influence import attribution, datasets, figure, models, pipeline, training, typefaces
+from influence.errors import OptionError
+
+STEPS = 600
+BATCH = 32
+LEARNING_RATE = 5e-4
+GENERATED = 6
+BASE = "demo_base"
 
 
-def demo(*args, **kwargs):
-    """Do it."""
+def demo(
+    out: str | os.PathLike[str] = "influence-demo",
+    *,
+    progress: pipeline.Progress = pipeline.silent,
+    message: pipeline.Message = pipeline.silent,
+) -> dict[str, Any]:
+    """Render a data set, fine-tune, generate, build a store, attribute, and draw the answer.
+
+    Nothing is fetched: the fonts come with the extra `demo`, the base model with the package.
+
+    Args:
+        out: Folder to make.
+        progress: Called as work gets done.
+        message: Called with lines that a person must see.
+
+    Returns:
+        What lies where in the folder, and how long each stage took.
+
+    Raises:
+        OptionError: The folder exists and is not empty.
+        DatasetError: The fonts are not installed.
+    """
+    folder = Path(out)
+    if folder.exists() and any(folder.iterdir()):
+        raise OptionError(f"{folder} is not empty; choose another --out folder, or remove it")
+    seconds: dict[str, float] = {}
+    dataset, model, store = folder / "dataset", folder / "model", folder / "store"
+    base = Path(str(importlib.resources.files("influence") / BASE))
+    channels, height, width = models.load_denoiser(base).image_size
+
+    with _timed(seconds, "render letters"):
+        faces = typefaces.render(dataset, typefaces.demo_fonts(), size=height)
+    for face in faces:
+        message(f"{face.name}: {face.creator} ({face.licence})")
+
+    with _timed(seconds, "fine-tune"):
+        items = datasets.read_dataset(dataset).items
+        pixels = [datasets.load(item, height=height, width=width, channels=channels) for item in items]
+        _fine_tune(base, model, torch.from_numpy(np.stack(pixels)), progress)
+
+    with _timed(seconds, "generate"):
+        queries = _generate(model, folder / "generated")
+
+    with _timed(seconds, "build"):
+        pipeline.build(dataset, model=model, store=store, progress=progress, message=message)
+
+    with _timed(seconds, "attribute"):
+        table = attribution.attribute(queries, store, progress=progress, message=message)
+        table.to_csv(folder / "attributions.csv", index=False, lineterminator="\n")
+        figure.draw(table, dataset, folder / "attributions.png")
+
+    return {
+        "data set": str(dataset),
+        "model": str(model),
+        "generated": str(folder / "generated"),
+        "store": str(store),
+        "table": str(folder / "attributions.csv"),
+        "picture": str(folder / "attributions.png"),
+        "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
+    }
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Note the seconds of a stage."""
+    start = time.monotonic()
+    yield
+    seconds[stage] = time.monotonic() - start
+
+
+def _fine_tune(base: Path, out: Path, x0: torch.Tensor, progress: Callable[[str, int, int], Any]) -> None:
+    """Train all weights of the base on the letters, and save the pipeline."""
+    denoiser = models.load_denoiser(base)
+    denoiser.network.requires_grad_(True)
+    training.train(
+        denoiser.network,
+        denoiser.schedule,
+        x0,
+        steps=STEPS,
+        batch_size=BATCH,
+        learning_rate=LEARNING_RATE,
+        seed=0,
+        learning_rate_schedule="cosine",
+        progress=lambda step, _: progress("fine-tune", step, STEPS),
+    )
+    models.save_denoiser(denoiser, out, base=base)
+
+
+def _generate(model: Path, out: Path) -> list[Path]:
+    """Sample pictures from the fine-tuned model."""
+    denoiser = models.load_denoiser(model)
+    images = training.generate(
+        denoiser.network, denoiser.schedule, count=GENERATED, shape=denoiser.sample_shape, seed=0
+    )
+    out.mkdir()
+    paths = []
+    for i, image in enumerate(images):
+        grey = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+        path = out / f"generated-{i}.png"
+        Image.fromarray(grey[0] if len(grey) == 1 else grey.transpose(1, 2, 0)).save(path)
+        paths.append(path)
+    return paths

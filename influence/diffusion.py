@@ -52,7 +52,10 @@ def _alpha_bar(schedule: NoiseSchedule, t: Tensor, like: Tensor) -> Tensor:
 
 
 def noised(
-    schedule: NoiseSchedule, x0: Float[Tensor, "rows *shape"], t: Int[Tensor, " rows"], eps: Float[Tensor, "rows *shape"]
+    schedule: NoiseSchedule,
+    x0: Float[Tensor, "rows *shape"],
+    t: Int[Tensor, " rows"],
+    eps: Float[Tensor, "rows *shape"],
 ) -> Float[Tensor, "rows *shape"]:
     """x_t = √ᾱ_t x₀ + √(1 − ᾱ_t) ε."""
     a = _alpha_bar(schedule, t, x0)
@@ -75,7 +78,10 @@ TARGETS = {"epsilon": _epsilon, "v_prediction": _velocity, "sample": _sample}
 
 
 def target(
-    schedule: NoiseSchedule, x0: Float[Tensor, "rows *shape"], t: Int[Tensor, " rows"], eps: Float[Tensor, "rows *shape"]
+    schedule: NoiseSchedule,
+    x0: Float[Tensor, "rows *shape"],
+    t: Int[Tensor, " rows"],
+    eps: Float[Tensor, "rows *shape"],
 ) -> Float[Tensor, "rows *shape"]:
     """What the network should predict for these draws: y."""
     return TARGETS[schedule.prediction](_alpha_bar(schedule, t, x0), x0, eps)

@@ -1,8 +1,8 @@
 """Features of images: their draws through the network, the gradients of each, projected. Pure: no order, no batch.
 
-An image has S draws. Its gradient feature φ = P · (1/S) Σ_s ∇_θ ℓ_s sums over all of them; each draw chosen for curvature
-also gives a row ψ = P · sqrt(2w/D) J_θᵀ ξ of its own, out of the same forward, with E[ψψᵀ] = P G Pᵀ for the Gauss–Newton
-matrix G of the draw's loss (Schraudolph, 2002; ξ ~ N(0, I) at the D entries of the prediction).
+An image has S draws. Its gradient feature φ = P · (1/S) Σ_s ∇_θ ℓ_s sums over all of them; each draw chosen for
+curvature also gives a row ψ = P · sqrt(2w/D) J_θᵀ ξ of its own, out of the same forward, with E[ψψᵀ] = P G Pᵀ for the
+Gauss–Newton matrix G of the draw's loss (Schraudolph, 2002; ξ ~ N(0, I) at the D entries of the prediction).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -88,7 +88,9 @@ def features(
         if curvature:
             rows = results[1].features.cpu().numpy()
             psi.append((rows, np.repeat(images, which.shape[1]), which.reshape(-1)))
-    rows = [np.concatenate(part) for part in zip(*psi, strict=True)] if psi else [np.empty((0, k), np.float32), *[[]] * 2]
+    rows = (
+        [np.concatenate(part) for part in zip(*psi, strict=True)] if psi else [np.empty((0, k), np.float32), *[[]] * 2]
+    )
     item, draw = np.asarray(rows[1], np.int32), np.asarray(rows[2], np.int32)
     order = np.lexsort((draw, item))
     return Features(phi.cpu().numpy(), total.cpu().numpy(), rows[0][order], item[order], draw[order])

@@ -128,7 +128,12 @@ def _vmap(
     for output, features in zip(outputs, _empty(outputs, inputs, projection), strict=True):
 
         def scalar(
-            theta: dict[str, Tensor], x_t: Tensor, t: Tensor, cond: Tensor | None, *tensors: Tensor, output: Output = output
+            theta: dict[str, Tensor],
+            x_t: Tensor,
+            t: Tensor,
+            cond: Tensor | None,
+            *tensors: Tensor,
+            output: Output = output,
         ) -> tuple[Tensor, Tensor]:
             prediction = torch.func.functional_call(network, theta, (x_t, t, cond), tie_weights=True)
             values = output.value(prediction, *tensors)
@@ -139,7 +144,8 @@ def _vmap(
 
         cond = None if inputs.cond is None else grouped(inputs.cond)
         per_group = torch.func.vmap(
-            torch.func.grad(scalar, has_aux=True), in_dims=(None, 0, 0, None if cond is None else 0, *[0] * len(output.tensors))
+            torch.func.grad(scalar, has_aux=True),
+            in_dims=(None, 0, 0, None if cond is None else 0, *[0] * len(output.tensors)),
         )
         step = max(1, _VMAP_BYTES // size)
         arguments = [grouped(inputs.x_t), grouped(inputs.t), cond, *map(grouped, output.tensors)]

@@ -34,7 +34,9 @@ def _folder(path: Path) -> dict[str, Any]:
         return _store(path)
     if (path / "model_index.json").exists():
         return _pipeline(path)
-    checkpoints = sorted(p.name for p in path.glob("checkpoint-*") if (p / "unet").is_dir() or (p / "unet_ema").is_dir())
+    checkpoints = sorted(
+        p.name for p in path.glob("checkpoint-*") if (p / "unet").is_dir() or (p / "unet_ema").is_dir()
+    )
     if checkpoints:
         return {"kind": "training output", "whole": True, "checkpoints": checkpoints}
     data = datasets.read_dataset(path)

@@ -8,6 +8,7 @@ import fnmatch
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -214,6 +215,19 @@ def _load_denoiser(
     return denoiser
 
 
+def save_denoiser(denoiser: Denoiser, path: str | Path, *, base: str | Path) -> None:
+    """Write a pipeline folder: the denoiser's UNet as it is now, the other parts as in the `base` pipeline folder.
+
+    Raises:
+        ModelError: The folder exists already.
+    """
+    folder = Path(path)
+    if folder.exists():
+        raise ModelError(f"{folder} exists already; choose another folder, or remove it")
+    shutil.copytree(base, folder, ignore=lambda place, _: ["unet"] if Path(place) == Path(base) else [])
+    denoiser.network.unet.save_pretrained(folder / "unet")
+
+
 # Folders ------------------------------------------------------------------------------------------------------------
 
 
@@ -383,7 +397,9 @@ def _add_lora(denoiser: Any, unet: nn.Module, lora: Path, notes: list[str]) -> s
     loaded = {name: p for name, p in unet.named_parameters() if "lora_" in name}
     expected = sum(name.startswith("unet.") and "lora" in name for name in state)
     if not loaded or len(loaded) != expected:
-        raise ModelError(f"{file} has {expected} UNet tensors, of which {len(loaded)} fit the model; is it of this base?")
+        raise ModelError(
+            f"{file} has {expected} UNet tensors, of which {len(loaded)} fit the model; is it of this base?"
+        )
     if any(name.startswith("text_encoder.") for name in state):
         notes.append("the LoRA also changes the text encoder: applied, but gradients are of the UNet's adapter only")
     if all(not bool(p.any()) for name, p in loaded.items() if "lora_B" in name):

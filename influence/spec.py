@@ -88,7 +88,9 @@ def check_equal(found: Mapping[str, Any], expected: Mapping[str, Any], *, what: 
     """
     wrong = [name for name in expected if found.get(name) != expected[name]]
     if wrong:
-        pairs = "; ".join(f"{name} is {_short(found.get(name))}, {where} has {_short(expected[name])}" for name in wrong)
+        pairs = "; ".join(
+            f"{name} is {_short(found.get(name))}, {where} has {_short(expected[name])}" for name in wrong
+        )
         raise SpecMismatchError(f"{what} does not fit: {pairs}. {advice}")
 
 

@@ -67,6 +67,7 @@ class Store:
     """One store folder. Open it with `open_store`, make it with `create`."""
 
     def __init__(self, path: Path, record: dict[str, Any]) -> None:
+        """Take over what `store.json` says, and read the latest table of images."""
         self.path = path
         self.spec = FeatureSpec.from_json(record["spec"])
         self.build: dict[str, Any] = record["build"]
@@ -165,7 +166,14 @@ class Store:
             step("hash")
             size, xxh, sha = _hashes(temporary)
             record = Record(
-                f"{name}-{xxh}.h5", size, xxh, sha, self.spec.fingerprint, len(content.phi), len(content.psi), content.refused
+                f"{name}-{xxh}.h5",
+                size,
+                xxh,
+                sha,
+                self.spec.fingerprint,
+                len(content.phi),
+                len(content.psi),
+                content.refused,
             )
             step("fsync")
             fsync(temporary)
@@ -175,7 +183,9 @@ class Store:
             temporary.unlink(missing_ok=True)
             if isinstance(error, StoreError):
                 raise
-            raise StoreError(f"shard {name} could not be written ({error}); free the disk and run the command again") from error
+            raise StoreError(
+                f"shard {name} could not be written ({error}); free the disk and run the command again"
+            ) from error
         step("fsync-folder")
         fsync(self.path / "shards")
         if not _link(self.path, final, json.dumps(_sealed(asdict(record)), indent=1).encode()):
@@ -191,12 +201,16 @@ class Store:
     def _check_content(self, content: ShardContent) -> None:
         expected = self.shard_items(content.shard)
         if sorted([*content.item_ids, *content.refused]) != expected:
-            raise StoreError(f"shard {content.shard} has {len(expected)} images; {len(content.item_ids)} others were given")
+            raise StoreError(
+                f"shard {content.shard} has {len(expected)} images; {len(content.item_ids)} others were given"
+            )
         wanted = shards.layout(len(content.item_ids), len(content.psi), self.spec.dim)
         for name, array in shards.arrays(content).items():
             shape, dtype = wanted[name]
             if array.shape != shape or array.dtype != dtype:
-                raise StoreError(f"{name} of shard {content.shard} is {array.dtype} {array.shape}; expected {dtype} {shape}")
+                raise StoreError(
+                    f"{name} of shard {content.shard} is {array.dtype} {array.shape}; expected {dtype} {shape}"
+                )
             if dtype.kind == "f" and not np.isfinite(array).all():
                 raise StoreError(f"{name} of shard {content.shard} holds NaN or infinity; refuse these images by name")
 
@@ -243,7 +257,12 @@ def open_store(path: str | os.PathLike[str]) -> Store:
 
 
 def create(
-    path: str | os.PathLike[str], *, spec: FeatureSpec, build: dict[str, Any], source: dict[str, Any], items: pd.DataFrame
+    path: str | os.PathLike[str],
+    *,
+    spec: FeatureSpec,
+    build: dict[str, Any],
+    source: dict[str, Any],
+    items: pd.DataFrame,
 ) -> Store:
     """Make a store, or open it to go on: its spec and build must be these, and its images among `items`.
 
@@ -262,7 +281,9 @@ def create(
     if folder.exists() and not (folder / "store.json").exists():
         foreign = [p.name for p in folder.iterdir() if p.name not in ("items", "shards", "derived", "tmp")]
         if foreign:
-            raise StoreError(f"{folder} is not a store and not empty (it holds {foreign[0]}); choose another --store folder")
+            raise StoreError(
+                f"{folder} is not a store and not empty (it holds {foreign[0]}); choose another --store folder"
+            )
     for name in ("items", "shards", "derived", "tmp"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     record = {"format": FORMAT, "kind": "influence store", "spec": spec.to_json(), "build": build, "source": source}
@@ -323,7 +344,9 @@ def _add_items(folder: Path, spec: FeatureSpec, build: dict[str, Any], items: pd
         number = len(_snapshots(folder))
         record = Record(f"{number:06d}-{xxh}.parquet", len(data), xxh, sha, spec.fingerprint, len(table))
         _write_synced(folder / "tmp" / uuid.uuid4().hex, data, folder / "items" / record.file)
-        if _link(folder, folder / "items" / f"{number:06d}.json", json.dumps(_sealed(asdict(record)), indent=1).encode()):
+        if _link(
+            folder, folder / "items" / f"{number:06d}.json", json.dumps(_sealed(asdict(record)), indent=1).encode()
+        ):
             return
 
 
@@ -456,7 +479,9 @@ def _record(path: Path, store: Store) -> Record:
     ):
         raise StoreError(f"{path} names {record.file!r}; expected a file of this store")
     if record.spec != store.spec.fingerprint:
-        raise StoreError(f"{path} belongs to a store with another spec ({record.spec[:12]}, not {store.spec.fingerprint[:12]})")
+        raise StoreError(
+            f"{path} belongs to a store with another spec ({record.spec[:12]}, not {store.spec.fingerprint[:12]})"
+        )
     return record
 
 

@@ -25,7 +25,9 @@ def test_noising_and_targets_equal_those_of_diffusers(prediction):
     x0, t, eps = rows(16)
     scheduler = DDPMScheduler()
     ours = schedule_of(prediction)
-    torch.testing.assert_close(diffusion.noised(ours, x0, t, eps), scheduler.add_noise(x0, eps, t), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        diffusion.noised(ours, x0, t, eps), scheduler.add_noise(x0, eps, t), rtol=1e-5, atol=1e-6
+    )
     wanted = {"epsilon": eps, "v_prediction": scheduler.get_velocity(x0, eps, t), "sample": x0}[prediction]
     torch.testing.assert_close(diffusion.target(ours, x0, t, eps), wanted, rtol=1e-5, atol=1e-6)
 

@@ -213,9 +213,7 @@ def test_the_network_is_left_as_it_was(engine):
     network.unet.conv_in.weight.requires_grad_(True)
     x0, t, eps, _ = rows(1, 2, None)
     output = loss_output(x0, t, eps, 2)
-    gradients.per_sample_gradients(
-        network, parameters, Inputs(x0, t), [output], identity_of(parameters), engine=engine
-    )
+    gradients.per_sample_gradients(network, parameters, Inputs(x0, t), [output], identity_of(parameters), engine=engine)
     assert all(module.training for module in network.modules())
     assert [n for n, p in network.named_parameters() if p.requires_grad] == ["unet.conv_in.weight"]
     assert all(p.grad is None for p in network.parameters())

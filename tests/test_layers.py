@@ -14,7 +14,8 @@ LAYERS = [
     ["features"],
     ["datasets", "models", "shards", "training"],
     ["store", "executors", "typefaces"],
-    ["inspection", "pipeline"],
+    ["inspection", "figure", "pipeline"],
+    ["attribution"],
     ["demo"],
 ]
 MIDDLE = {"spec", "diffusion", "projection", "curvature", "gradients", "scoring", "features"}

@@ -84,7 +84,10 @@ def test_squared_norms_are_unbiased_within_standard_errors_and_the_variance_is_b
     g = g / g.norm()
     shapes = {"w": (p,)}
     norms = torch.stack(
-        [project(PROJECTIONS[name](shapes, dim=k, seed=s, device=CPU), shapes, g[None])[0].square().sum() for s in range(seeds)]
+        [
+            project(PROJECTIONS[name](shapes, dim=k, seed=s, device=CPU), shapes, g[None])[0].square().sum()
+            for s in range(seeds)
+        ]
     )
     error = norms.std() / seeds**0.5
     assert (norms.mean() - 1).abs() <= 5 * error + 1e-5, "a factor p/k or √k indicates the wrong scale"

@@ -64,7 +64,7 @@ def test_the_size_of_blocks_changes_nothing(name):
 
 
 def test_a_positive_score_means_that_a_step_on_the_image_lowers_the_querys_loss():
-    """A linear model y = θ·x with squared loss: one small gradient step on image i, and the change of the query's loss."""
+    """A linear model with squared loss: one small gradient step on image i, and the change of the query's loss."""
     rng = np.random.default_rng(0)
     x, y, theta = rng.standard_normal((N, K)), rng.standard_normal(N), rng.standard_normal(K)
     xq, yq = rng.standard_normal(K), 0.3
@@ -82,7 +82,7 @@ def test_a_positive_score_means_that_a_step_on_the_image_lowers_the_querys_loss(
 
 
 def test_gauss_newton_in_the_whole_space_is_the_exact_effect_of_a_unit_of_weight():
-    """Ridge regression with the Gauss–Newton matrix known: −dL_q/dw_i by the implicit function theorem, in closed form."""
+    """Ridge regression, refitted with a little more and a little less weight on image i."""
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((N, K)), rng.standard_normal(N)
     gauss_newton = 2 * x.T @ x / N
@@ -111,7 +111,9 @@ def test_gauss_newton_in_the_whole_space_is_the_exact_effect_of_a_unit_of_weight
     np.testing.assert_allclose(tau, [fall(i) for i in range(N)], rtol=1e-3, atol=1e-6)
 
 
-@given(st.lists(st.tuples(st.integers(-5, 5), st.integers(0, 99)), unique_by=lambda p: p[1]), st.integers(1, 8), st.data())
+@given(
+    st.lists(st.tuples(st.integers(-5, 5), st.integers(0, 99)), unique_by=lambda p: p[1]), st.integers(1, 8), st.data()
+)
 def test_top_k_is_the_sorted_head_however_the_scores_come(pairs, k, data):
     pairs = [(float(score), f"{i:02d}") for score, i in pairs]
     expected = sorted(pairs, key=lambda p: (-p[0], p[1]))[:k]

@@ -1,0 +1,256 @@
+"""Attribute pictures with a store: features of the query → scores of all training images → a table."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from influence import curvature as curvatures
+from influence import datasets, scoring, spec, store
+from influence.curvature import Curvature
+from influence.errors import GradientError, OptionError, StoreError
+from influence.pipeline import (
+    DEFAULT_BATCH,
+    BuildOptions,
+    Loaded,
+    Message,
+    Progress,
+    load,
+    read,
+    run_shards,
+    silent,
+    take_arrays,
+    with_changes,
+)
+from influence.scoring import METHODS
+from influence.store import Store
+
+
+def attribute(
+    images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    store: str | os.PathLike[str] | Store,
+    *,
+    k: int | None = 10,
+    method: str = "gauss-newton",
+    damping: float = 0.1,
+    draws: int = 256,
+    prompt: str | None = None,
+    model: str | os.PathLike[str] | None = None,
+    lora: str | os.PathLike[str] | None = None,
+    engine: str = "auto",
+    batch_size: int = DEFAULT_BATCH,
+    device: str = "auto",
+    progress: Progress = silent,
+    message: Message = silent,
+) -> pd.DataFrame:
+    """Rank the training images by how much training on them lowered the loss of each picture.
+
+    Args:
+        images: One picture file, or several.
+        store: A store, or its folder.
+        k: Rows for each query; `None` for all.
+        method: Name in `METHODS`.
+        damping: λ in units of tr(H)/k.
+        draws: S of a query.
+        prompt: The prompt that the picture was made with; needed if the model reads captions.
+        model: Where the model is now, if it was moved since the store was built.
+        lora: Where the LoRA is now.
+        engine: As for `build`.
+        batch_size: As for `build`.
+        device: As for `build`.
+        progress: Called as work gets done.
+        message: Called with lines that a person must see.
+
+    Returns:
+        Columns query, rank, item_id, file_name, creator, caption, score; rows by query and rank. `attrs` holds
+        `creator_totals`: for each query and creator the signed sum over *all* images, and `method`, `damping`, `draws`.
+
+    Raises:
+        InfluenceError: An input cannot be used, or the model is not the one of the store.
+    """
+    made = store if isinstance(store, Store) else _open(store)
+    if method not in METHODS:
+        raise OptionError(f"method {method!r} is unknown; expected one of {', '.join(METHODS)}")
+    if k is not None and k < 1:
+        raise OptionError(f"k is {k}; expected at least 1, or all")
+    chosen = METHODS[method]
+    _require_complete(made)
+    if made.spec.conditional and prompt is None:
+        raise OptionError(
+            f"store {made.path.name} is of a model that reads captions, and no prompt was given; "
+            'pass the picture\'s --prompt TEXT (an empty one, --prompt "", counts)'
+        )
+    if not made.spec.conditional and prompt is not None:
+        raise OptionError(f"store {made.path.name} is of a model that reads no captions; leave out --prompt")
+    loaded, options = _load_for(made, model, lora, draws, engine, batch_size, device, message)
+    if made.missing(chosen.family):
+        message(
+            f"{method} needs gradients of another output of the training images: taking them once, kept in the store"
+        )
+        data = read(made.source["dataset"], loaded.denoiser, made.source["creator_column"], progress, message)
+        run_shards(made, chosen.family, loaded, options, data, 1, progress, message)
+    paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
+    phi_q = _query_features(loaded, chosen.family, paths, prompt, progress, message)
+    groups = _groups(made, chosen.family)
+    num_train = float(sum(sum(files.values()) for files in groups.values()))
+    solver = _curvature(made, chosen, damping) if chosen.curvature else None
+    v = scoring.precondition(chosen, torch.from_numpy(phi_q), solver, num_train)
+    table = _rank(made, chosen, v, [str(path) for path in paths], k, groups)
+    table.attrs |= {"method": method, "damping": damping, "draws": draws, "formula": chosen.formula}
+    return table
+
+
+def _open(path: str | os.PathLike[str]) -> Store:
+    return store.open_store(path)
+
+
+def _require_complete(made: Store) -> None:
+    missing, there = made.missing("loss"), len(made.records("loss"))
+    if missing:
+        raise StoreError(
+            f"store {made.path.name} has {there} of {there + len(missing)} shards; "
+            "run the same influence build again to complete it"
+        )
+
+
+def _load_for(
+    made: Store,
+    model: str | os.PathLike[str] | None,
+    lora: str | os.PathLike[str] | None,
+    draws: int,
+    engine: str,
+    batch_size: int,
+    device: str,
+    message: Message,
+) -> tuple[Loaded, BuildOptions]:
+    """Load the model of a store, and make sure that it is the one."""
+    source = made.source
+    options = BuildOptions(
+        dataset=source["dataset"],
+        model=source["model"] if model is None else str(Path(model).absolute()),
+        lora=source["lora"] if lora is None else str(Path(lora).absolute()),
+        dim=made.spec.dim,
+        projection=made.spec.projection,
+        draws=draws,
+        seed=made.spec.seed,
+        engine=engine,
+        parameters=source["parameters"],
+        resolution=source["resolution"],
+        batch_size=batch_size,
+        device=device,
+        dtype=made.spec.dtype,
+    )
+    if not Path(options.model).is_dir():
+        raise OptionError(f"the model of the store was at {options.model} and is not there; say where with --model DIR")
+    loaded = load(options, message)
+    spec.check_equal(
+        loaded.spec.to_json(),
+        made.spec.to_json(),
+        what="the model",
+        where=f"store {made.path.name}",
+        advice="Pass the model and LoRA that the store was built with.",
+    )
+    return loaded, options
+
+
+def _query_features(
+    loaded: Loaded,
+    family: str,
+    paths: Sequence[str | os.PathLike[str]],
+    prompt: str | None,
+    progress: Progress,
+    message: Message,
+) -> np.ndarray:
+    """φ_q `[query, k]`, from draws of their own."""
+    channels, height, width = loaded.denoiser.image_size
+    recipe = with_changes(loaded.recipe, role="query", output=family, curvature_rate=0.0)
+    rows = []
+    for done, path in enumerate(paths):
+        progress("queries", done, len(paths))
+        image, notes = datasets.decode(Path(path))
+        for note in notes:
+            message(f"{Path(path).name}: {note}")
+        pixels = datasets.to_array(image, height=height, width=width, channels=channels)
+        taken = take_arrays(loaded.denoiser, recipe, [datasets.item_id(image, prompt)], [pixels], [prompt])
+        if not np.isfinite(taken.phi).all():
+            raise GradientError(f"{path}: its loss or gradient is not finite under this model")
+        rows.append(taken.phi)
+    progress("queries", len(paths), len(paths))
+    return np.concatenate(rows)
+
+
+def _groups(made: Store, family: str) -> dict[str, dict[str, int]]:
+    """For each image that has features, how many files of each creator it is."""
+    items = made.items[~made.items["item_id"].isin(list(made.refused(family)))]
+    counts = items.groupby(["item_id", "creator"], sort=True).size()
+    groups: dict[str, dict[str, int]] = {}
+    for (item_id, creator), files in counts.items():
+        groups.setdefault(item_id, {})[creator] = int(files)
+    return groups
+
+
+def _curvature(made: Store, method: scoring.Method, damping: float) -> Curvature:
+    """Factor H + λI, or read it back if it was factored before: named by all that it depends on."""
+    files = made.items.groupby("item_id").size()
+    weights = {item_id: float(n) for item_id, n in files.items()}
+    key = (made.family_hash(method.family), method.curvature, repr(float(damping)), repr(sorted(weights.items())))
+    name = f"curvature-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.safetensors"
+    records = made.records(method.family).values()
+    num_rows = sum(r.psi_rows if method.curvature == "psi" else r.rows for r in records)
+
+    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for content in made.blocks(method.family):
+            w = np.array([weights[item_id] for item_id in content.item_ids])
+            if method.curvature == "psi":
+                yield content.psi, w[content.psi_item]
+            else:
+                yield content.phi, w
+
+    kept = made.read_derived(name)
+    if kept is not None:
+        factor, facts = torch.from_numpy(kept["factor"]), kept["facts"]
+        psi = None
+        if len(factor) != made.spec.dim or num_rows < made.spec.dim:
+            psi = curvatures.stack(blocks())
+        return Curvature(factor, float(facts[0]), float(facts[1]), psi)
+    made_now = curvatures.curvature(blocks(), dim=made.spec.dim, damping=damping, num_rows=num_rows)
+    made.write_derived(name, {"factor": made_now.factor.numpy(), "facts": np.array([made_now.damping, made_now.rows])})
+    return made_now
+
+
+def _rank(
+    made: Store,
+    method: scoring.Method,
+    v: torch.Tensor,
+    queries: Sequence[str],
+    k: int | None,
+    groups: dict[str, dict[str, int]],
+) -> pd.DataFrame:
+    """Scan the store once for all queries; keep the best k of each, and the totals of the creators."""
+    limit = len(groups) if k is None else k
+    best: list[scoring.Ranked] = [[] for _ in queries]
+    totals: list[dict[str, float]] = [{} for _ in queries]
+    blocks = ((content.item_ids, content.phi) for content in made.blocks(method.family))
+    for ids, tau in scoring.scores(method, v, blocks):
+        for q in range(len(queries)):
+            best[q] = scoring.top(best[q], ids, tau[q], limit)
+            scoring.group_totals(totals[q], ids, tau[q], groups)
+    files = dict(iter(made.items.sort_values("file_name").groupby("item_id")))
+    rows = []
+    for query, ranked in zip(queries, best, strict=True):
+        listed = [(item, score) for score, item_id in ranked for item in files[item_id].itertuples()][: k or None]
+        for rank, (item, score) in enumerate(listed, 1):
+            caption = None if pd.isna(item.caption) else item.caption
+            rows.append((query, rank, item.item_id, item.file_name, item.creator, caption, score))
+    table = pd.DataFrame(rows, columns=["query", "rank", "item_id", "file_name", "creator", "caption", "score"])
+    counts = made.items.groupby("creator").size()
+    table.attrs["creator_totals"] = [
+        {"query": query, "creator": creator, "total": total, "images": int(counts[creator])}
+        for query, of in zip(queries, totals, strict=True)
+        for creator, total in sorted(of.items(), key=lambda pair: (-pair[1], pair[0]))
+    ]
+    return table
