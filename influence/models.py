@@ -297,6 +297,9 @@ def _load(kind: Any, folder: Path) -> Any:
         module = kind.from_pretrained(folder, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ModelError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+    absent = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
+    if absent:
+        raise ModelError(f"{folder} has no weights for {absent[0]}; its config.json and its weights do not fit")
     module = module.float()
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

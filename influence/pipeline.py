@@ -351,11 +351,12 @@ def _shard_work(made: Store, family: str, loaded: Loaded, data: datasets.Dataset
 
 
 def with_changes(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe with other values of some fields."""
     return Recipe(**{**vars(recipe), **changes})
 
 
 def _take(denoiser: Denoiser, recipe: Recipe, items: Sequence[datasets.Item]) -> Features:
-    """Load images, encode them and their captions once, and take their features."""
+    """Load images, and take their features."""
     channels, height, width = denoiser.image_size
     pixels = [datasets.load(item, height=height, width=width, channels=channels) for item in items]
     return take_arrays(denoiser, recipe, [i.item_id for i in items], pixels, [i.caption for i in items])
@@ -368,6 +369,7 @@ def take_arrays(
     pixels: Sequence[np.ndarray],
     captions: Sequence[str | None],
 ) -> Features:
+    """Encode pictures and their captions once, and take their features."""
     device = next(iter(denoiser.parameters.values())).device
     x0 = torch.cat([denoiser.encode_images(torch.from_numpy(image)[None].to(device)) for image in pixels])
     cond = None
