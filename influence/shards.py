@@ -1,10 +1,10 @@
 """One shard of features as an HDF5 file: written once, validated against a whitelist before anything is believed.
 
 An HDF5 file is native-code input. The caller checks the file's hash first; this module then accepts exactly the
-expected datasets: plain types, contiguous, inside the file, apart from each other, and nothing else. The library works
-in memory when it writes, so that a full disk is an ordinary error of an ordinary write and never HDF5's.
+expected datasets, plain types, contiguous, inside the file.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +15,6 @@ import numpy as np
 from influence.errors import StoreError
 
 FAMILIES = ("loss", "square")
-
-Layout = Mapping[str, tuple[tuple[int, ...], np.dtype]]
-"""Shape and type of each dataset."""
-
-_OVERHEAD = 1 << 16  # HDF5's own share of a file; 2.9 kB as written
 
 
 @dataclass(frozen=True)
@@ -35,7 +30,7 @@ class ShardContent:
     loss: np.ndarray
     """Mean of the output over the image's draws, float32 `[items]`."""
     psi: np.ndarray
-    """Curvature rows, float32 `[rows, k]`, by item and draw."""
+    """Curvature rows, float32 `[rows, k]`."""
     psi_item: np.ndarray
     """Index of the item of each row, int32."""
     psi_draw: np.ndarray
@@ -44,7 +39,7 @@ class ShardContent:
     """Images of this shard that have no features, and why."""
 
 
-def layout(items: int, rows: int, dim: int) -> Layout:
+def layout(items: int, rows: int, dim: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and type of every dataset of a shard."""
     return {
         "phi": ((items, dim), np.dtype("<f4")),
@@ -54,17 +49,6 @@ def layout(items: int, rows: int, dim: int) -> Layout:
         "psi_item": ((rows,), np.dtype("<i4")),
         "psi_draw": ((rows,), np.dtype("<i4")),
     }
-
-
-def size(expected: Layout) -> int:
-    """Bytes of the datasets."""
-    total = 0
-    for shape, dtype in expected.values():
-        count = dtype.itemsize
-        for length in shape:
-            count *= length
-        total += count
-    return total
 
 
 def arrays(content: ShardContent) -> dict[str, np.ndarray]:
@@ -79,17 +63,14 @@ def arrays(content: ShardContent) -> dict[str, np.ndarray]:
     }
 
 
-def encode(datasets: Mapping[str, np.ndarray]) -> bytes:
-    """Make the bytes of a file: contiguous, without times, so that equal content gives equal bytes."""
-    bounds = ("earliest", "v108")  # what every HDF5 since 2008 can read
-    with h5py.File("memory", "w", driver="core", backing_store=False, libver=bounds, track_order=False) as file:
+def write(path: Path, datasets: Mapping[str, np.ndarray]) -> None:
+    """Write a new file: contiguous, without times, so that equal content gives equal bytes."""
+    with h5py.File(path, "w", libver=("earliest", "v108"), locking=False, track_order=False) as file:
         for name, array in datasets.items():
             file.create_dataset(name, data=array, track_times=False)
-        file.flush()
-        return file.id.get_file_image()
 
 
-def read(path: Path, expected: Layout) -> dict[str, np.ndarray]:
+def read(path: Path, expected: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> dict[str, np.ndarray]:
     """Map the datasets of a shard, read-only.
 
     Args:
@@ -99,59 +80,55 @@ def read(path: Path, expected: Layout) -> dict[str, np.ndarray]:
     Raises:
         StoreError: The file holds anything else than what is expected, or holds it in another way.
     """
-    total, length = size(expected), path.stat().st_size
-    if not total <= length <= total + _OVERHEAD:
-        raise StoreError(f"{path.name} is {length} bytes; its datasets are {total}")
     try:
         with h5py.File(path, "r", locking=False) as file:
-            offsets = _offsets(file, path.name, length, expected)
-    except StoreError:
-        raise
+            extents = _extents(file, path, expected)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, StoreError):
+            raise
         raise StoreError(f"{path.name} is not a readable HDF5 file: {str(error).splitlines()[0]}") from None
     found = {}
-    for name, (shape, dtype) in expected.items():
-        if offsets[name] is None:
+    for name, (offset, (shape, dtype)) in extents.items():
+        if offset is None:
             found[name] = np.empty(shape, dtype)
-            found[name].flags.writeable = False
         else:
-            mapped = np.memmap(path, dtype=dtype, mode="r", offset=offsets[name], shape=shape)
-            found[name] = mapped.view(np.ndarray)
+            found[name] = np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
     return found
 
 
-def _offsets(file: h5py.File, name: str, length: int, expected: Layout) -> dict[str, int | None]:
-    """Where the bytes of each dataset begin, `None` if it has none; refuses what is not on the whitelist."""
-    if len(file) != len(expected) or set(file) != set(expected):
-        raise StoreError(f"{name} holds {', '.join(sorted(file))[:100]}; expected {', '.join(expected)}")
-    if file.userblock_size or h5py.h5a.get_num_attrs(file.id):
-        raise StoreError(f"{name} holds more than its datasets")
-    offsets: dict[str, int | None] = {}
-    taken = []
-    for key, (shape, dtype) in expected.items():
-        if not isinstance(file.get(key, getlink=True), h5py.HardLink) or file.get(key, getclass=True) != h5py.Dataset:
-            raise StoreError(f"{name}: {key} is not a plain dataset of this file")
-        dataset = file[key].id
-        if file[key].shape != shape or not dataset.get_type().equal(h5py.h5t.py_create(dtype)):
-            raise StoreError(f"{name}: {key} is {file[key].dtype} {file[key].shape}; expected {dtype} {shape}")
-        if h5py.h5a.get_num_attrs(dataset):
-            raise StoreError(f"{name}: {key} has attributes; expected none")
-        properties = dataset.get_create_plist()
+def _extents(
+    file: h5py.File, path: Path, expected: Mapping[str, tuple[tuple[int, ...], np.dtype]]
+) -> dict[str, tuple[int | None, tuple[tuple[int, ...], np.dtype]]]:
+    """Where the bytes of each dataset lie; refuses what is not on the whitelist."""
+    if sorted(file.keys()) != sorted(expected):
+        raise StoreError(f"{path.name} holds {', '.join(sorted(file.keys()))[:100]}; expected {', '.join(expected)}")
+    size = path.stat().st_size
+    extents = {}
+    for name, (shape, dtype) in expected.items():
+        if not isinstance(file.get(name, getlink=True), h5py.HardLink) or file.get(name, getclass=True) != h5py.Dataset:
+            raise StoreError(f"{path.name}: {name} is not a plain dataset of this file")
+        dataset = file[name]
+        if dataset.shape != shape or dataset.dtype != dtype:
+            raise StoreError(f"{path.name}: {name} is {dataset.dtype} {dataset.shape}; expected {dtype} {shape}")
+        properties = dataset.id.get_create_plist()
         if (
             properties.get_layout() != h5py.h5d.CONTIGUOUS
             or properties.get_nfilters()
             or properties.get_external_count()
+            or dataset.is_virtual
         ):
-            raise StoreError(f"{name}: {key} is compact, chunked, filtered, external or virtual; expected contiguous")
-        nbytes = size({key: (shape, dtype)})
-        offsets[key] = dataset.get_offset() if nbytes else None
-        if nbytes and offsets[key] is None:
-            raise StoreError(f"{name}: {key} was never written")
-        if nbytes:
-            taken.append((offsets[key], offsets[key] + nbytes, key))
-    taken.sort()
-    ends = [start for start, _, _ in taken[1:]] + [length]
-    for (_, end, key), limit in zip(taken, ends, strict=True):
-        if end > limit:
-            raise StoreError(f"{name}: {key} reaches into another dataset or beyond the end of the file")
-    return offsets
+            raise StoreError(f"{path.name}: {name} is chunked, filtered, external or virtual; expected contiguous")
+        offset = dataset.id.get_offset()
+        if dataset.nbytes and (offset is None or offset + dataset.nbytes > size):
+            raise StoreError(f"{path.name}: {name} reaches beyond the end of the file")
+        extents[name] = (offset if dataset.nbytes else None, (shape, dtype))
+    return extents
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,123 @@
+import json
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from influence_cli.main import cli
+from tiny_models import pictures, tiny_ddpm, tiny_lora, tiny_stable_diffusion
+
+import influence
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli")
+    tiny_ddpm(path / "ddpm")
+    pictures(path / "data", count=9)
+    influence.build(path / "data", model=path / "ddpm", store=path / "s", dim=64, draws=2)
+    return path
+
+
+def run(*parts):
+    return CliRunner().invoke(cli, [str(part) for part in parts])
+
+
+@pytest.mark.parametrize("name", sorted(cli.commands))
+def test_every_command_has_help_with_an_example(name):
+    result = run(name, "--help")
+    assert result.exit_code == 0 and f"influence {name}" in result.output and "Example:" in result.output
+
+
+def test_the_table_names_the_creators_and_their_totals(world):
+    result = run("attribute", world / "data" / "003.png", "--store", world / "s", "-k", 3, "--draws", 4)
+    assert result.exit_code == 0
+    for word in ("rank", "score", "creator 0", "creator 1", "creator 2", "signed sum over all images"):
+        assert word in result.output
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".json"])
+def test_output_files_hold_the_table(world, tmp_path, suffix):
+    file = tmp_path / f"t{suffix}"
+    query = world / "data" / "003.png"
+    result = run("attribute", query, "--store", world / "s", "-k", "all", "--draws", 4, "--output", file, "--json")
+    printed = json.loads(result.stdout)
+    assert [set(a) for a in printed[0]["attributions"]] == [
+        {"rank", "item_id", "file_name", "creator", "caption", "score"}
+    ] * 9
+    if suffix == ".json":
+        assert json.loads(file.read_text(encoding="utf-8")) == printed
+        return
+    table = pd.read_csv(file) if suffix == ".csv" else pd.read_parquet(file)
+    assert table["file_name"].tolist() == [a["file_name"] for a in printed[0]["attributions"]]
+    assert table["score"].tolist() == pytest.approx([a["score"] for a in printed[0]["attributions"]], rel=1e-12)
+
+
+def test_a_plan_says_the_cost_and_writes_nothing(world, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    result = run("build", world / "data", "--model", world / "ddpm", "--dim", 64, "--draws", 2, "--plan")
+    assert result.exit_code == 0, result.output
+    for word in ("images", "draws", "disk_bytes", "seconds", "curvature_rows"):
+        assert word in result.output
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_build_says_what_it_assumed_and_what_it_made(world, tmp_path):
+    result = run("build", world / "data", "--model", world / "ddpm", "--store", tmp_path / "s", "--dim", 64)
+    assert result.exit_code == 0, result.output
+    assert "training loss assumed" in result.stderr
+    assert result.stdout == f"{tmp_path / 's'}: 9 images, 128 curvature rows, 0 refused\n" or "9 images" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("parts", "code", "words"),
+    [
+        (("attribute", "x.png", "--store", "nowhere"), 1, "there is no store at nowhere"),
+        (("build", "nowhere", "--model", "nowhere", "--store", "s"), 1, "there is no model folder at"),
+        (("build", "nowhere", "--model", "m"), 2, "Missing option '--store'"),
+        (("attribute", "x.png", "--store", "s", "-k", "0"), 2, "'0' is not a number above 0, nor all"),
+        (("attribute", "x.png", "--store", "s", "--method", "magic"), 2, "'magic' is not one of"),
+        (("attribute", "x.png", "--store", "s", "--output", "x.doc"), 2, "expected one of .csv, .parquet, .json"),
+        (("inspect", "nowhere"), 1, "there is nothing at nowhere"),
+    ],
+)
+def test_errors_are_one_line_with_the_right_exit_code(parts, code, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*parts)
+    assert result.exit_code == code
+    assert words in result.stderr
+    if code == 1:
+        assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_control_characters_of_strangers_are_not_printed(world, tmp_path):
+    pictures(tmp_path / "data", count=9)
+    metadata = tmp_path / "data" / "metadata.csv"
+    metadata.write_text(metadata.read_text().replace("creator 1", "\x1b[31mred\x07"), encoding="utf-8")
+    influence.build(tmp_path / "data", model=world / "ddpm", store=tmp_path / "s", dim=64, draws=2)
+    result = run("attribute", tmp_path / "data" / "003.png", "--store", tmp_path / "s", "--draws", 4)
+    assert "red" in result.output and "\x1b" not in result.output and "\x07" not in result.output
+
+
+def test_inspect_tells_what_things_are(world, tmp_path):
+    tiny_stable_diffusion(tmp_path / "sd")
+    lora = tiny_lora(tmp_path / "sd", tmp_path / "lora")
+    for path, kind in (
+        (world / "s", "store"),
+        (world / "ddpm", "model"),
+        (tmp_path / "sd", "model"),
+        (lora, "LoRA"),
+        (world / "data", "data set"),
+        (world / "data" / "003.png", "picture"),
+    ):
+        result = run("inspect", path, "--json")
+        facts = json.loads(result.stdout)
+        assert (facts["kind"], facts["whole"], result.exit_code) == (kind, True, 0)
+        assert run("inspect", path).exit_code == 0
+
+
+def test_inspect_notices_what_is_not_whole(world, tmp_path):
+    data = (world / "data" / "003.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[:100])
+    assert run("inspect", tmp_path / "cut.png").exit_code == 1
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    assert run("inspect", tmp_path / "cut.safetensors").exit_code == 1
