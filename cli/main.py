@@ -16,6 +16,7 @@ from rich.table import Table
 
 import influence
 
+_WIDTH = 160  # of tables that go to a file or a pipe
 _STDERR = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -212,15 +213,17 @@ _WRITERS: dict[str, Callable[[pd.DataFrame], bytes]] = {
 
 def _print_table(query: str, rows: pd.DataFrame, attrs: dict[str, Any]) -> None:
     """Print the top contributors of one query, and the creators' totals under them."""
-    console = Console(highlight=False)
-    top = Table(title=escape(_clean(f"{query} · {attrs['method']}")), title_justify="left")
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
+    click.echo(_clean(f"{query} · {attrs['method']}"))
+    top = Table()
     for name in ("rank", "score", "creator", "file", "caption"):
         top.add_column(name, justify="right" if name in ("rank", "score") else "left", overflow="fold")
     for row in rows.itertuples():
         cells = (str(row.rank), f"{row.score:+.4g}", row.creator, row.file_name, row.caption or "")
         top.add_row(*(escape(_clean(cell)) for cell in cells))
     console.print(top)
-    totals = Table(title="by creator, signed sum over all images", title_justify="left")
+    click.echo("by creator, signed sum over all images:")
+    totals = Table()
     for name in ("total", "images", "creator"):
         totals.add_column(name, justify="left" if name == "creator" else "right", overflow="fold")
     for entry in attrs["creator_totals"]:

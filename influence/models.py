@@ -390,9 +390,10 @@ def _add_lora(denoiser: Any, unet: nn.Module, lora: Path, notes: list[str]) -> s
             odd = next(name for name in state if name not in known)
             raise ModelError(f"{file}: {odd} belongs to no part of a StableDiffusionPipeline")
         StableDiffusionPipeline.load_lora_into_unet(state, network_alphas=alphas, unet=unet, metadata=metadata)
-        StableDiffusionPipeline.load_lora_into_text_encoder(
-            state, network_alphas=alphas, text_encoder=denoiser._text_encoder, metadata=metadata
-        )
+        if any(name.startswith("text_encoder.") for name in state):
+            StableDiffusionPipeline.load_lora_into_text_encoder(
+                state, network_alphas=alphas, text_encoder=denoiser._text_encoder, metadata=metadata
+            )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, ModelError):
             raise

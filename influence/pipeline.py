@@ -256,7 +256,7 @@ def _open_or_create(
     if wanted < 0:
         raise OptionError(f"curvature-rows is {wanted}; expected 0 or more")
     # The rate belongs to the store: images that are added later do not change the rows of those already there.
-    rate = min(wanted / len({item.item_id for item in data.items}), options.draws)
+    rate = min(wanted / len({item.item_id for item in data.items}), float(options.draws))
     if (Path(path) / "store.json").exists():
         rate = store.open_store(path).build.get("curvature_rate", rate)
     items = pd.DataFrame(

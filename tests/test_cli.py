@@ -65,7 +65,9 @@ def test_build_says_what_it_assumed_and_what_it_made(world, tmp_path):
     result = run("build", world / "data", "--model", world / "ddpm", "--store", tmp_path / "s", "--dim", 64)
     assert result.exit_code == 0, result.output
     assert "training loss assumed" in result.stderr
-    assert result.stdout == f"{tmp_path / 's'}: 9 images, 128 curvature rows, 0 refused\n" or "9 images" in result.stdout
+    assert (
+        result.stdout == f"{tmp_path / 's'}: 9 images, 128 curvature rows, 0 refused\n" or "9 images" in result.stdout
+    )
 
 
 @pytest.mark.parametrize(
