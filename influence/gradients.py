@@ -325,15 +325,25 @@ def _weight_bytes(module: nn.Linear | nn.Embedding, x: Tensor) -> int:
 def _conv2d(module: nn.Conv2d, x: Tensor, grad: Tensor, group: int) -> Gradients:
     if module.bias is not None:
         yield module.bias, grad.sum((2, 3)).unflatten(0, (-1, group)).sum(1)
-    if module.kernel_size == (1, 1) and module.stride == (1, 1) and module.padding == (0, 0):
-        columns = x.flatten(2)
-    else:
-        columns = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+    form = _conv2d_by_group if x.device.type == "cpu" else _conv2d_by_unfold
+    yield module.weight, form(module, x.to(grad.dtype), grad, group)
+
+
+def _conv2d_by_group(module: nn.Conv2d, x: Tensor, grad: Tensor, group: int) -> Tensor:
+    """The library's own weight gradient, once for each group: on a CPU several times faster than unfolding."""
+    rest = (None, module.stride, module.padding, module.dilation, False, (0, 0), module.groups, (False, True, False))
+    parts = zip(grad.split(group), x.split(group), strict=True)
+    return torch.stack([torch.ops.aten.convolution_backward(g, rows, module.weight, *rest)[1] for g, rows in parts])
+
+
+def _conv2d_by_unfold(module: nn.Conv2d, x: Tensor, grad: Tensor, group: int) -> Tensor:
+    """One batched GEMM for each draw of a group: few launches, whatever the number of groups."""
+    columns = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
     # [groups, draws, blocks, channels, positions] with the convolution's own groups as blocks
-    columns = columns.unflatten(1, (module.groups, -1)).unflatten(0, (-1, group)).to(grad.dtype)
+    columns = columns.unflatten(1, (module.groups, -1)).unflatten(0, (-1, group))
     grad = grad.flatten(2).unflatten(1, (module.groups, -1)).unflatten(0, (-1, group))
-    weight = torch.einsum("gdbol,gdbcl->gboc", grad, columns)
-    yield module.weight, weight
+    weight = sum(grad[:, draw] @ columns[:, draw].mT for draw in range(group))  # [groups, blocks, out, channels]
+    return weight.reshape(-1, *module.weight.shape)
 
 
 def _conv2d_bytes(module: nn.Conv2d, x: Tensor) -> int:

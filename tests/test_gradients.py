@@ -127,6 +127,26 @@ def test_shared_repeated_and_unusual_layers_equal_the_reference(module):
     assert relative(found["hooks"], found["vmap"]) < 1e-5
 
 
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(4, 6, 3, padding=1),
+        nn.Conv2d(4, 6, 1),
+        nn.Conv2d(4, 8, (3, 2), stride=2, padding=(2, 1), dilation=2, groups=2),
+        nn.Conv2d(4, 4, 3, groups=4),
+    ],
+    ids=str,
+)
+def test_the_convolution_rule_of_accelerators_equals_that_of_the_cpu(conv, group):
+    x = torch.randn(6, 4, 9, 8)
+    grad = torch.randn_like(conv(x))
+    by_group, by_unfold = (
+        form(conv, x, grad, group) for form in (gradients._conv2d_by_group, gradients._conv2d_by_unfold)
+    )
+    torch.testing.assert_close(by_unfold, by_group, rtol=1e-4, atol=1e-4)
+
+
 def test_a_layer_without_a_rule_is_named_by_the_hooks_engine_and_served_by_vmap():
     class Odd(nn.Module):
         def __init__(self):
