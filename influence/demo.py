@@ -15,7 +15,7 @@ from PIL import Image
 from influence import attribution, datasets, figure, models, pipeline, training, typefaces
 from influence.errors import OptionError
 
-STEPS = 600
+STEPS = 400
 BATCH = 32
 LEARNING_RATE = 5e-4
 GENERATED = 6
