@@ -31,11 +31,11 @@ def draw(table: pd.DataFrame, root: str | Path, out: str | Path, *, top: int = 6
     except ImportError:
         raise OptionError("drawing needs matplotlib; run pip install 'influence[demo]'") from None
     queries = list(table.groupby("query", sort=False))
-    figure = Figure(figsize=(1.5 * (top + 3.2), 1.75 * len(queries) + 0.9), dpi=110)
+    figure = Figure(figsize=(1.5 * (top + 3.7), 1.75 * len(queries) + 0.9), dpi=110)
     FigureCanvasAgg(figure)
     widths = [1.25, *[1] * top, 1.9]
     grid = figure.add_gridspec(
-        len(queries), top + 2, width_ratios=widths, left=0.01, right=0.985, top=1 - 0.62 / figure.get_figheight(),
+        len(queries), top + 2, width_ratios=widths, left=0.01, right=0.91, top=1 - 0.62 / figure.get_figheight(),
         bottom=0.3 / figure.get_figheight(), wspace=0.12, hspace=0.62,
     )  # fmt: skip
     figure.text(0.01, 1 - 0.3 / figure.get_figheight(), "picture", fontsize=11, weight="bold")
@@ -73,6 +73,9 @@ def _bars(axes: Any, totals: list[Mapping[str, Any]]) -> None:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(shown)), [_short(entry["creator"]) for entry in shown], fontsize=6.5)
     axes.yaxis.tick_right()
+    axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+    axes.xaxis.get_offset_text().set_fontsize(6.5)
+    axes.locator_params(axis="x", nbins=4)
     axes.tick_params(axis="x", labelsize=6.5)
     axes.tick_params(length=0)
     axes.set_title("total over all images", fontsize=7.5, pad=3)
