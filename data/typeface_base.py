@@ -1,10 +1,10 @@
 """Trains the base model of the demo, `influence/demo_base`: capital letters of 73 font families.
 
-The model that is in the repository was made on 2 cores of an AMD EPYC by
+The model that is in the repository was made by
 
-    python data/typeface_base.py --fonts /tmp/base-fonts --out influence/demo_base
+    python data/typeface_base.py --fonts base-fonts --out influence/demo_base
 
-with python 3.11.2, torch 2.13.0, diffusers 0.42.1, numpy 2.4.6, pillow 13.0.0. None of the fonts is one of the demo's
+with the versions of `constraints.txt`. None of the fonts is one of the demo's
 (`influence.typefaces.DEMO_FONTS`), nor of their families. Fonts are fetched by pip and never kept in the repository.
 """
 
