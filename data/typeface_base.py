@@ -2,7 +2,7 @@
 
 The model that is in the repository was made by
 
-    python data/typeface_base.py --fonts base-fonts --out influence/demo_base
+    python data/typeface_base.py --fonts base-fonts --out influence/demo_base --threads 1
 
 with the versions of `constraints.txt`. None of the fonts is one of the demo's
 (`influence.typefaces.DEMO_FONTS`), nor of their families. Fonts are fetched by pip and never kept in the repository.
