@@ -1,9 +1,12 @@
 """Makes the emoji data set: the same concepts drawn by four studios, each of which is a creator.
 
+With `--others` it makes the drawings of two more studios instead, all of them: what a base model is trained on.
+
 The drawings are fetched by `npm pack` from the pinned packages below and rasterised by resvg (`pip install resvg-py`,
 0.5.0 was used); neither they nor the pictures are kept in the repository:
 
     python data/emoji.py --out emoji --size 32 --count 100
+    python data/emoji.py --out others --size 32 --others
 
 Concepts are those that all four studios drew under the same name, less symbols and flags (whose look is prescribed) and
 people (whose variants differ in number); they are taken in the order of the SHA-256 of their names, so that a smaller
@@ -19,6 +22,7 @@ import json
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +39,9 @@ CATEGORIES = (
     "Travel & Places",
 )
 """Noto's categories of which concepts are taken."""
+
+OTHER_CATEGORIES = ("Activities", "Food", "Nature", "Objects", "Places", "Travel")
+"""The same in the catalogues of the other studios."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,19 @@ PACKAGES = (
     ),
 )
 
+OTHERS = (
+    Package(
+        "emojione",
+        "1.2.3",
+        "sha512-T9+T3HIbJNLKKsmxYKlaYhvnHYkz/HNYTV7SHCXVZPfeUi4FqskY70YeN8yYAZT8cCv7w5vJxS4Q1m8zb9CMMg==",
+    ),
+    Package(
+        "fxemoji",
+        "1.2.2",
+        "sha512-UAasRaxzFUKfIGSmLwnoarsssA4LX0VLLuEmplIqM6ZNQqIQRtav8tZ4H1neTlBreXuMQyAifr5jP4kn78DpiQ==",
+    ),
+)
+
 
 @dataclass(frozen=True)
 class Studio:
@@ -107,13 +127,17 @@ def fetch(package: Package, folder: Path) -> Studio:
 
 def concepts(studios: list[Studio], count: int) -> list[str]:
     """The first `count` concepts that all studios drew, in the order of the SHA-256 of their names."""
-    common = set.intersection(*(set(studio.icons["icons"]) for studio in studios))
+    common = set.intersection(*(drawable(studio, studio.icons["icons"]) for studio in studios))
     common &= {name for category in CATEGORIES for name in studios[0].categories[category]}
-    # Text would be drawn in whatever font the machine has.
-    common = {name for name in common if not any("<text" in studio.icons["icons"][name]["body"] for studio in studios)}
     if count > len(common):
         raise SystemExit(f"--count is {count}; expected at most {len(common)}, the concepts that all studios drew")
     return sorted(common, key=lambda name: hashlib.sha256(name.encode()).digest())[:count]
+
+
+def drawable(studio: Studio, names: Iterable[str]) -> set[str]:
+    """Those without text, which would be drawn in whatever font the machine has."""
+    icons = studio.icons["icons"]
+    return {name for name in names if name in icons and "<text" not in icons[name]["body"]}
 
 
 def rasterise(studio: Studio, concept: str, size: int) -> Image.Image:
@@ -139,6 +163,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--size", type=int, default=32, help="width and height in pixels (default: 32)")
     parser.add_argument("--count", type=int, default=100, help="concepts of each studio (default: 100)")
+    parser.add_argument("--others", action="store_true", help="the other studios' drawings, all of them")
     parser.add_argument("--tarballs", type=Path, help="folder that keeps the packages (default: a temporary one)")
     options = parser.parse_args()
     if options.size < 1 or options.count < 1:
@@ -148,19 +173,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         tarballs = options.tarballs or Path(temporary)
         tarballs.mkdir(parents=True, exist_ok=True)
-        studios = [fetch(package, tarballs) for package in PACKAGES]
-    chosen = concepts(studios, options.count)
+        studios = [fetch(package, tarballs) for package in (OTHERS if options.others else PACKAGES)]
+    if options.others:
+        chosen = {
+            studio.slug: sorted(drawable(studio, (n for c in OTHER_CATEGORIES for n in studio.categories.get(c, ()))))
+            for studio in studios
+        }
+    else:
+        chosen = dict.fromkeys((studio.slug for studio in studios), concepts(studios, options.count))
     (options.out / "images").mkdir(parents=True, exist_ok=True)
     with (options.out / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["file_name", "text", "creator", "licence", "concept"])
         for studio in studios:
-            for concept in chosen:
+            for concept in chosen[studio.slug]:
                 name = f"images/{studio.slug}-{concept}.png"
                 rasterise(studio, concept, options.size).save(options.out / name)
                 words = concept.replace("-", " ")
                 rows.writerow([name, f"emoji of {words}", studio.creator, studio.licence, concept])
-    print(f"{options.out}: {len(studios)} studios × {len(chosen)} concepts, {options.size} × {options.size} pixels")
+    total = sum(map(len, chosen.values()))
+    print(f"{options.out}: {total} drawings by {len(studios)} studios, {options.size} × {options.size} pixels")
 
 
 if __name__ == "__main__":

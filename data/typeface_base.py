@@ -20,7 +20,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
-from influence import keys, training, typefaces
+from influence import training, typefaces
 from influence.diffusion import NoiseSchedule
 
 SIZE = 24
@@ -69,18 +69,6 @@ def unet() -> UNet2DModel:
     )
 
 
-def initialise(network: nn.Module, seed: int) -> None:
-    """Draw keyed initial weights: uniform within 1/√(inputs), as torch's own; norms start as the identity."""
-    for name, parameter in network.named_parameters():
-        if parameter.ndim == 1:
-            values = torch.full(parameter.shape, float("norm" in name and name.endswith("weight")))
-        else:
-            u = keys.uniform(("initial", seed, name), parameter.numel())
-            bound = (parameter.numel() / len(parameter)) ** -0.5
-            values = torch.from_numpy((2 * u - 1) * bound).float().reshape(parameter.shape)
-        parameter.data.copy_(values)
-
-
 def main() -> None:
     """Fetch, draw, train and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -99,7 +87,7 @@ def main() -> None:
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
     schedule = NoiseSchedule(tuple(scheduler.alphas_cumprod.double().tolist()), "epsilon", "uniform")
     denoiser = unet()
-    initialise(denoiser, options.seed)
+    training.initialise(denoiser, options.seed)
     start, recent = time.monotonic(), []
 
     def progress(step: int, loss: float) -> None:

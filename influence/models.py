@@ -18,16 +18,19 @@ import numpy as np
 import torch
 import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers.utils import convert_state_dict_to_diffusers
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from influence import keys
 from influence.diffusion import TARGETS, NoiseSchedule
 from influence.errors import ModelError
 
 PIPELINES = ("DDPMPipeline", "StableDiffusionPipeline")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _MAX_CAPTIONS = 1024
+_ADAPTER = "default_0"  # as diffusers names the first that it loads
 
 
 @runtime_checkable
@@ -53,6 +56,9 @@ class Denoiser(Protocol):
     def encode_images(self, images: Float[Tensor, "images channels height width"]) -> Tensor:
         """Pictures in −1 … 1 → what is noised, `[images, *sample_shape]`."""
 
+    def decode_images(self, samples: Tensor) -> Float[Tensor, "images channels height width"]:
+        """What was noised → pictures, in about −1 … 1."""
+
     def encode_captions(self, captions: list[str]) -> Float[Tensor, "images tokens width"]:
         """Captions → what the network is conditioned on."""
 
@@ -70,6 +76,10 @@ class _Unconditional:
     def encode_images(self, images: Tensor) -> Tensor:
         """The pictures themselves."""
         return images
+
+    def decode_images(self, samples: Tensor) -> Tensor:
+        """The pictures themselves."""
+        return samples
 
     def encode_captions(self, captions: list[str]) -> Tensor:
         """Refuse.
@@ -106,6 +116,12 @@ class _StableDiffusion:
         """Mode of the VAE's posterior × its scaling factor: training samples it, the mode is its centre."""
         latents = self._vae.encode(images).latent_dist.mode()
         return (latents - (self._vae.config.shift_factor or 0.0)) * self._vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode_images(self, samples: Tensor) -> Tensor:
+        """The VAE's decoder on latents / its scaling factor."""
+        latents = samples / self._vae.config.scaling_factor + (self._vae.config.shift_factor or 0.0)
+        return self._vae.decode(latents).sample
 
     @torch.no_grad()
     def encode_captions(self, captions: list[str]) -> Tensor:
@@ -155,6 +171,7 @@ def _quiet() -> Iterator[None]:
 
 with _quiet():  # it remarks at import that torchvision, which nothing here needs, is absent
     from diffusers import StableDiffusionPipeline
+    from peft import LoraConfig, get_peft_model_state_dict
 
 
 def load_denoiser(
@@ -226,6 +243,51 @@ def save_denoiser(denoiser: Denoiser, path: str | Path, *, base: str | Path) -> 
         raise ModelError(f"{folder} exists already; choose another folder, or remove it")
     shutil.copytree(base, folder, ignore=lambda place, _: ["unet"] if Path(place) == Path(base) else [])
     denoiser.network.unet.save_pretrained(folder / "unet")
+
+
+def add_fresh_lora(denoiser: Denoiser, *, rank: int, alpha: float, targets: str, seed: int) -> None:
+    """Put an untrained adapter into a StableDiffusionPipeline's UNet: A keyed, uniform as peft's own, B zero.
+
+    `denoiser.parameters` becomes the adapter's.
+
+    Args:
+        denoiser: A conditional model without an adapter.
+        rank: r.
+        alpha: α: the adapter's product is scaled by α/r.
+        targets: Ends of the names of the layers that get one, separated by commas.
+        seed: Key of A.
+
+    Raises:
+        ModelError: The model is unconditional, or no layer has such a name.
+    """
+    unet: Any = denoiser.network.unet
+    if not isinstance(unet, UNet2DConditionModel):
+        raise ModelError("a LoRA needs a StableDiffusionPipeline as its base; this model is unconditional")
+    wanted = [target.strip() for target in targets.split(",")]
+    try:
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=wanted), adapter_name=_ADAPTER)
+    except ValueError as error:
+        raise ModelError(f"LoRA targets {targets!r}: {str(error).splitlines()[0]}") from None
+    denoiser.parameters = _select(unet, True, None)
+    for name, parameter in denoiser.parameters.items():
+        u = torch.from_numpy(keys.uniform(("lora", seed, name), parameter.numel())).float().reshape(parameter.shape)
+        bound = (parameter.numel() / len(parameter)) ** -0.5
+        parameter.data.copy_(torch.zeros_like(u) if "lora_B" in name else (2 * u - 1) * bound)
+    unet.requires_grad_(False)
+
+
+def save_lora(denoiser: Denoiser, folder: str | Path) -> Path:
+    """Write the adapter of the UNet as diffusers' training scripts do: `pytorch_lora_weights.safetensors`.
+
+    Raises:
+        ModelError: There is a LoRA in the folder already.
+    """
+    file = Path(folder) / LORA_FILE
+    if file.exists():
+        raise ModelError(f"{file} exists already; choose another folder, or remove it")
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(denoiser.network.unet, adapter_name=_ADAPTER))
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, safe_serialization=True)
+    return file
 
 
 # Folders ------------------------------------------------------------------------------------------------------------

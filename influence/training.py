@@ -21,6 +21,18 @@ Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """Called with x_t `[rows, *shape]`, t `[rows]` and the condition `[rows, ...]` or None; returns `[rows, *shape]`."""
 
 
+def initialise(network: nn.Module, seed: int) -> None:
+    """Draw keyed initial weights: uniform within 1/√(inputs), as torch's own; norms start as the identity."""
+    for name, parameter in network.named_parameters():
+        if parameter.ndim == 1:
+            values = torch.full(parameter.shape, float("norm" in name and name.endswith("weight")))
+        else:
+            u = keys.uniform(("initial", seed, name), parameter.numel())
+            bound = (parameter.numel() / len(parameter)) ** -0.5
+            values = torch.from_numpy((2 * u - 1) * bound).float().reshape(parameter.shape)
+        parameter.data.copy_(values)
+
+
 def member_indices(members: np.ndarray | Tensor | Sequence[int] | Sequence[bool] | None, count: int) -> np.ndarray:
     """Indices of the training images, ascending.
 
@@ -70,6 +82,15 @@ def batch_indices(seed: int, step: int, batch_size: int, members: np.ndarray) ->
     return chosen
 
 
+def timesteps(seed: int, step: int, batch_size: int, num_timesteps: int, stratified: bool) -> np.ndarray:
+    """Timesteps of one step: uniform, each for itself or one from each stratum."""
+    u = keys.uniform(("train", seed, step, "timesteps"), batch_size)
+    if stratified:
+        place = np.argsort(keys.uniform(("train", seed, step, "strata"), batch_size), kind="stable")
+        u = (place + u) / batch_size
+    return np.floor(u * num_timesteps).astype(np.int64)
+
+
 def train(
     network: nn.Module,
     schedule: NoiseSchedule,
@@ -84,6 +105,7 @@ def train(
     ema_decay: float | None = None,
     weight_decay: float = 0.01,
     learning_rate_schedule: Literal["constant", "cosine"] = "constant",
+    stratified: bool = False,
     progress: Callable[[int, float], None] | None = None,
 ) -> None:
     """Train the network in place with AdamW on the mean of `diffusion.losses` over the batch.
@@ -105,6 +127,8 @@ def train(
             (1 + i) / (10 + i), so that the initial weights are soon forgotten.
         weight_decay: AdamW's decoupled weight decay.
         learning_rate_schedule: `constant`, or `cosine` (half a cosine down to 0).
+        stratified: Draw the timesteps of a batch one from each of `batch_size` strata, in random order, instead of
+            independently: the same density with less noise (Kingma et al., 2021).
         progress: Called after each step with the number of steps done and the step's loss.
 
     Raises:
@@ -133,13 +157,13 @@ def train(
     chosen = member_indices(members, len(x0))
     device = parameters[0].device
     network.eval()
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
     averages = [parameter.detach().clone() for parameter in parameters] if ema_decay is not None else []
     for step in range(steps):
         if learning_rate_schedule == "cosine":
             optimizer.param_groups[0]["lr"] = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
         batch = torch.from_numpy(batch_indices(seed, step, batch_size, chosen))
-        t = torch.from_numpy(keys.integers(("train", seed, step, "timesteps"), batch_size, schedule.num_timesteps))
+        t = torch.from_numpy(timesteps(seed, step, batch_size, schedule.num_timesteps, stratified))
         eps = torch.from_numpy(keys.normal(("train", seed, step, "noise"), (batch_size, *x0.shape[1:])))
         clean, t, eps = x0[batch.to(x0.device)].to(device), t.to(device), eps.to(device)
         rows = None if cond is None else cond[batch.to(cond.device)].to(device)

@@ -1,0 +1,271 @@
+"""Ground truth: fine-tune again on subsets of the images, and measure the loss of pictures under each of the models.
+
+A truth is a folder: `truth.json` says what is retrained and measured, `runs.jsonl` holds one line for each retrained
+model, in the order in which they were done. A line is written whole or is not read; running again does what is missing.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float32, Float64
+from torch import Tensor
+
+from influence import datasets, diffusion, finetuning, keys
+from influence.datasets import Item
+from influence.errors import OptionError
+from influence.finetuning import FineTune
+from influence.models import Denoiser
+
+_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Query:
+    """A picture whose loss is measured."""
+
+    path: str
+    kind: str
+    """What it is: `generated`, `trained`, `unseen`, or another word."""
+    caption: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model to retrain."""
+
+    name: str
+    members: Bool[np.ndarray, " images"]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A folder of retrained models' losses."""
+
+    folder: Path
+    recipe: FineTune
+    base: str
+    dataset: str
+    items: list[Item]
+    """In the order of a run's members: by item id."""
+    queries: list[Query]
+    query_ids: list[str]
+    draws: int
+    """Draws (t, ε) of a query's loss."""
+    resolution: int | None
+
+    def runs(self) -> pd.DataFrame:
+        """What was retrained so far: name, seed, members (array), loss (array, one for each query)."""
+        rows: dict[tuple[str, int], dict[str, Any]] = {}
+        file = self.folder / "runs.jsonl"
+        for line in file.read_bytes().splitlines(keepends=True) if file.exists() else []:
+            if line.endswith(b"\n"):  # a torn last line is done again
+                row = json.loads(line)
+                bits = np.unpackbits(np.frombuffer(bytes.fromhex(row["members"]), np.uint8), count=len(self.items))
+                row |= {"members": bits.astype(bool), "loss": np.array(row["loss"])}
+                rows[row["name"], row["seed"]] = row
+        return pd.DataFrame(list(rows.values()), columns=["name", "seed", "members", "loss", "weights"])
+
+
+def create(
+    folder: str | Path,
+    *,
+    base: str | Path,
+    dataset: str | Path,
+    recipe: FineTune,
+    queries: Sequence[Query],
+    draws: int = 64,
+    resolution: int | None = None,
+    creator_column: str | None = None,
+) -> Truth:
+    """Begin a truth, or open the one that is there, if it is the same.
+
+    Raises:
+        OptionError: The folder holds another truth.
+    """
+    found = datasets.read_dataset(dataset, creator_column=creator_column)
+    items = sorted({item.item_id: item for item in found.items}.values(), key=lambda item: item.item_id)
+    ids = [datasets.item_id(datasets.decode(Path(query.path))[0], query.caption) for query in queries]
+    denoiser = finetuning.start(base, recipe, resolution=resolution)
+    facts = {
+        "format": 1,
+        "recipe": asdict(recipe),
+        "base": denoiser.identity["model"],
+        "items": [{"item_id": item.item_id, "file_name": item.file_name, "creator": item.creator} for item in items],
+        "queries": [
+            {"item_id": i, "file_name": Path(q.path).name, "kind": q.kind, "caption": q.caption}
+            for i, q in zip(ids, queries, strict=True)
+        ],
+        "draws": draws,
+    }
+    folder, text = Path(folder), json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "truth.json"
+    if not file.exists():
+        file.write_text(text, encoding="utf-8")
+    elif file.read_text(encoding="utf-8") != text:
+        there = json.loads(file.read_text(encoding="utf-8"))
+        odd = [name for name in facts if there.get(name) != facts[name]]
+        raise OptionError(f"{file} is of other {', '.join(odd)}; expected the same; choose another folder")
+    return Truth(folder, recipe, str(base), str(dataset), items, list(queries), ids, draws, resolution)
+
+
+def halves(seed: int, count: int, images: int) -> list[np.ndarray]:
+    """Exact halves, independent: masks `[count][images]`, each with ⌊images/2⌋ True."""
+    masks = []
+    for i in range(count):
+        order = np.argsort(keys.uniform(("half", seed, i), images), kind="stable")
+        mask = np.zeros(images, dtype=bool)
+        mask[order[: images // 2]] = True
+        masks.append(mask)
+    return masks
+
+
+def coalitions(owners: Sequence[str]) -> dict[frozenset[str], np.ndarray]:
+    """Masks of all sets of owners, the empty one and the whole included, by what owns each image."""
+    names = sorted(set(owners))
+    owner = np.array(owners)
+    return {
+        frozenset(chosen): np.isin(owner, chosen)
+        for size in range(len(names) + 1)
+        for chosen in combinations(names, size)
+    }
+
+
+class Retrainer:
+    """A base, its images and the queries, loaded once; models are retrained in its memory one after the other."""
+
+    def __init__(self, truth: Truth, device: str = "cpu") -> None:
+        """Load everything."""
+        self.truth = truth
+        self.denoiser = finetuning.start(truth.base, truth.recipe, resolution=truth.resolution, device=device)
+        self.x0, self.cond = encode(
+            self.denoiser, [item.path for item in truth.items], [item.caption for item in truth.items]
+        )
+        self.query_x0, self.query_cond = encode(
+            self.denoiser, [q.path for q in truth.queries], [q.caption for q in truth.queries]
+        )
+        self.initial = finetuning.weights(self.denoiser)
+
+    def retrain(self, run: Run) -> None:
+        """Fine-tune from the base on the members of a run."""
+        finetuning.set_weights(self.denoiser, self.initial)
+        finetuning.fine_tune(self.denoiser, self.truth.recipe, self.x0, self.cond, seed=run.seed, members=run.members)
+
+    def measure(self) -> Float64[np.ndarray, " queries"]:
+        """Losses of the queries under the model as it is now."""
+        return losses(self.denoiser, self.query_x0, self.query_cond, self.truth.query_ids, self.truth.draws)
+
+    def __call__(self, run: Run) -> dict[str, Any]:
+        """Retrain and measure: a line of the journal."""
+        self.retrain(run)
+        hasher = hashlib.sha256()
+        for parameter in self.denoiser.parameters.values():
+            hasher.update(parameter.detach().cpu().numpy().tobytes())
+        return {
+            "name": run.name,
+            "seed": run.seed,
+            "members": np.packbits(run.members).tobytes().hex(),
+            "loss": [float(f"{value:.9g}") for value in self.measure()],
+            "weights": hasher.hexdigest()[:16],
+        }
+
+
+def encode(
+    denoiser: Denoiser, paths: Sequence[str | Path], captions: Sequence[str | None]
+) -> tuple[Tensor, Tensor | None]:
+    """Pictures and captions as the network takes them."""
+    channels, height, width = denoiser.image_size
+    device = next(iter(denoiser.parameters.values())).device
+    arrays = [
+        datasets.to_array(datasets.decode(Path(path))[0], height=height, width=width, channels=channels)
+        for path in paths
+    ]
+    x0 = torch.cat([denoiser.encode_images(part.to(device)) for part in torch.from_numpy(np.stack(arrays)).split(64)])
+    if not denoiser.conditional:
+        return x0, None
+    return x0, torch.cat([denoiser.encode_captions([caption or ""]) for caption in captions])
+
+
+@torch.no_grad()
+def losses(
+    denoiser: Denoiser, x0: Tensor, cond: Tensor | None, ids: Sequence[str], draws: int
+) -> Float64[np.ndarray, " queries"]:
+    """Mean loss of each picture over draws that only truths use: the same for every model, stratified, antithetic."""
+    shape, schedule = tuple(x0.shape[1:]), denoiser.schedule
+    drawn = [diffusion.draws(0, "truth", item, draws, schedule.num_timesteps, shape) for item in ids]
+    t, eps = torch.cat([t for t, _ in drawn]).to(x0.device), torch.cat([eps for _, eps in drawn]).to(x0.device)
+    index = torch.arange(len(ids), device=x0.device).repeat_interleave(draws)
+    found: list[Float32[np.ndarray, " rows"]] = []
+    for rows in torch.arange(len(index), device=x0.device).split(_ROWS):
+        clean, here, noise = x0[index[rows]], t[rows], eps[rows]
+        c = None if cond is None else cond[index[rows]]
+        prediction = denoiser.network(diffusion.noised(schedule, clean, here, noise), here, c)
+        found.append(diffusion.losses(schedule, prediction, clean, here, noise).cpu().numpy())
+    return np.concatenate(found).astype(np.float64).reshape(len(ids), draws).mean(1)
+
+
+_retrainer: Retrainer | None = None
+
+
+def _begin(truth: Truth) -> None:
+    global _retrainer
+    torch.set_num_threads(1)
+    _retrainer = Retrainer(truth)
+
+
+def _work(run: Run) -> dict[str, Any]:
+    assert _retrainer is not None
+    return _retrainer(run)
+
+
+def retrain(
+    truth: Truth,
+    runs: Iterable[Run],
+    *,
+    workers: int = 1,
+    progress: Callable[[str, int, int], Any] = lambda *_: None,
+) -> pd.DataFrame:
+    """Do the runs that are missing, in order, and return all that are there.
+
+    Args:
+        truth: What to retrain.
+        runs: Models wanted.
+        workers: Processes, each with one thread: a run's result does not depend on their number.
+        progress: Called with `retrain`, runs done and runs in all.
+    """
+    wanted = list(runs)
+    done = {(name, seed) for name, seed in truth.runs()[["name", "seed"]].itertuples(index=False)}
+    todo = [run for run in wanted if (run.name, run.seed) not in done]
+    if not todo:
+        return truth.runs()
+    progress("retrain", len(wanted) - len(todo), len(wanted))
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin, initargs=(truth,))
+    with pool, (truth.folder / "runs.jsonl").open("ab") as journal:
+        _end_torn_line(truth.folder / "runs.jsonl", journal)
+        futures = [pool.submit(_work, run) for run in todo]
+        for count, future in enumerate(as_completed(futures), 1):
+            journal.write(json.dumps(future.result(), ensure_ascii=False).encode() + b"\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+            progress("retrain", len(wanted) - len(todo) + count, len(wanted))
+    return truth.runs()
+
+
+def _end_torn_line(path: Path, journal: Any) -> None:
+    """Cut off what a killed process left of a line."""
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
+        journal.seek(0, os.SEEK_END)
