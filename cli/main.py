@@ -2,22 +2,21 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import pandas as pd
+from influence_cli.evaluate import evaluate
+from influence_cli.printing import clean, options_of, progress, say
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import influence
 
 _WIDTH = 160  # of tables that go to a file or a pipe
-_STDERR = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 class Group(click.Group):
@@ -32,45 +31,10 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except influence.InfluenceError as error:
-            raise click.ClickException(_clean(str(error))) from error
+            raise click.ClickException(clean(str(error))) from error
 
 
-def _clean(text: str) -> str:
-    """One line without control characters: names and captions come from strangers' files."""
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
-def _say(line: str) -> None:
-    click.echo(_clean(line), err=True)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr; nothing when stderr is not a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_STDERR, disable=not sys.stderr.isatty()) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
-
-        yield show
-
-
-def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Apply several click options as one decorator."""
-
-    def apply(function: Any) -> Any:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return apply
-
-
-_compute = _options(
+_compute = options_of(
     click.option("--engine", type=click.Choice(["auto", *influence.ENGINES]), default="auto", show_default=True,
                  help="How gradients are taken; auto: hooks where they cover every parameter."),
     click.option("--batch-size", type=int, default=influence.DEFAULT_BATCH, show_default=True,
@@ -118,15 +82,15 @@ def build(dataset: Path, store: Path | None, plan: bool, workers: int, **options
       influence build images/ --model base/ --lora pytorch_lora_weights.safetensors --store my.store
     """  # noqa: D301
     if plan:
-        with _progress() as show:
-            costs = influence.plan(dataset, progress=show, message=_say, **options)
+        with progress() as show:
+            costs = influence.plan(dataset, progress=show, message=say, **options)
         for name, value in costs.items():
             click.echo(f"{name:16}{_quantity(name, value)}")
         return
     if store is None:
         raise click.UsageError("Missing option '--store': the folder to write to.")
-    with _progress() as show:
-        made = influence.build(dataset, store=store, workers=workers, progress=show, message=_say, **options)
+    with progress() as show:
+        made = influence.build(dataset, store=store, workers=workers, progress=show, message=say, **options)
     rows = sum(record.rows for record in made.records().values())
     psi_rows = sum(record.psi_rows for record in made.records().values())
     click.echo(f"{store}: {rows} images, {psi_rows} curvature rows, {len(made.refused())} refused")
@@ -184,8 +148,8 @@ def attribute(
     """  # noqa: D301
     if output is not None and output.suffix not in _WRITERS:
         raise click.UsageError(f"--output ends in {output.suffix!r}; expected one of {', '.join(_WRITERS)}")
-    with _progress() as show:
-        table = influence.attribute(images, store, k=k or None, progress=show, message=_say, **options)
+    with progress() as show:
+        table = influence.attribute(images, store, k=k or None, progress=show, message=say, **options)
     if output is not None:
         output.write_bytes(_WRITERS[output.suffix](table))
     if as_json:
@@ -214,13 +178,13 @@ _WRITERS: dict[str, Callable[[pd.DataFrame], bytes]] = {
 def _print_table(query: str, rows: pd.DataFrame, attrs: dict[str, Any]) -> None:
     """Print the top contributors of one query, and the creators' totals under them."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
-    click.echo(_clean(f"{query} · {attrs['method']}"))
+    click.echo(clean(f"{query} · {attrs['method']}"))
     top = Table()
     for name in ("rank", "score", "creator", "file", "caption"):
         top.add_column(name, justify="right" if name in ("rank", "score") else "left", overflow="fold")
     for row in rows.itertuples():
         cells = (str(row.rank), f"{row.score:+.4g}", row.creator, row.file_name, row.caption or "")
-        top.add_row(*(escape(_clean(cell)) for cell in cells))
+        top.add_row(*(escape(clean(cell)) for cell in cells))
     console.print(top)
     click.echo("by creator, signed sum over all images:")
     totals = Table()
@@ -228,7 +192,7 @@ def _print_table(query: str, rows: pd.DataFrame, attrs: dict[str, Any]) -> None:
         totals.add_column(name, justify="left" if name == "creator" else "right", overflow="fold")
     for entry in attrs["creator_totals"]:
         if entry["query"] == query:
-            totals.add_row(f"{entry['total']:+.4g}", str(entry["images"]), escape(_clean(entry["creator"])))
+            totals.add_row(f"{entry['total']:+.4g}", str(entry["images"]), escape(clean(entry["creator"])))
     console.print(totals)
 
 
@@ -254,13 +218,13 @@ def inspect(path: Path, as_json: bool) -> None:
 def _print_facts(facts: dict[str, Any], indent: int = 0) -> None:
     for name, value in facts.items():
         if isinstance(value, dict):
-            click.echo(f"{'  ' * indent}{_clean(name)}:")
+            click.echo(f"{'  ' * indent}{clean(name)}:")
             _print_facts(value, indent + 1)
         elif isinstance(value, Sequence) and not isinstance(value, str):
             for entry in value or ["none"]:
-                click.echo(f"{'  ' * indent}{_clean(name)}: {_clean(str(entry))}")
+                click.echo(f"{'  ' * indent}{clean(name)}: {clean(str(entry))}")
         else:
-            click.echo(f"{'  ' * indent}{_clean(name)}: {_clean(str(value))}")
+            click.echo(f"{'  ' * indent}{clean(name)}: {clean(str(value))}")
 
 
 @cli.command()
@@ -272,6 +236,9 @@ def demo(out: Path) -> None:
     Example:
       influence demo --out influence-demo
     """  # noqa: D301
-    with _progress() as show:
-        made = influence.demo(out, progress=show, message=_say)
+    with progress() as show:
+        made = influence.demo(out, progress=show, message=say)
     _print_facts(made)
+
+
+cli.add_command(evaluate)

@@ -64,7 +64,7 @@ def main() -> None:
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
     schedule = NoiseSchedule(tuple(scheduler.alphas_cumprod.double().tolist()), "epsilon", "uniform")
     network = unet()
-    training.initialise(network, 0)
+    training.initialise(dict(network.named_parameters()), 0)
     recent: list[float] = []
 
     def progress(step: int, loss: float) -> None:

@@ -60,7 +60,7 @@ def parts(folder: Path) -> StableDiffusionPipeline:
         up_block_types=("CrossAttnUpBlock2D",) * 2, norm_num_groups=8, attention_head_dim=16,
     )  # fmt: skip
     for seed, part in enumerate((text_encoder, vae, unet)):
-        training.initialise(part, seed)
+        training.initialise(dict(part.named_parameters()), seed)
     with torch.no_grad():  # a Transformer of random weights passes on what it reads if its embeddings are large
         for table in (module for module in text_encoder.modules() if isinstance(module, torch.nn.Embedding)):
             table.weight.copy_(torch.from_numpy(keys.normal(("embedding", len(table.weight)), table.weight.shape)))

@@ -87,7 +87,7 @@ def main() -> None:
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
     schedule = NoiseSchedule(tuple(scheduler.alphas_cumprod.double().tolist()), "epsilon", "uniform")
     denoiser = unet()
-    training.initialise(denoiser, options.seed)
+    training.initialise(dict(denoiser.named_parameters()), options.seed)
     start, recent = time.monotonic(), []
 
     def progress(step: int, loss: float) -> None:

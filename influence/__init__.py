@@ -2,6 +2,7 @@
 
 from influence.attribution import attribute
 from influence.demo import demo
+from influence.doctor import doctor
 from influence.errors import (
     DatasetError,
     GradientError,
@@ -11,10 +12,19 @@ from influence.errors import (
     SpecMismatchError,
     StoreError,
 )
+from influence.evaluation import (
+    evaluate_deletion,
+    evaluate_lds,
+    evaluate_shapley,
+    score_matrix,
+    truth_of,
+)
+from influence.finetuning import FineTune
 from influence.gradients import ENGINES
 from influence.inspection import inspect
 from influence.pipeline import DEFAULT_BATCH, build, plan
 from influence.projection import PROJECTIONS
+from influence.retraining import Query, Run, Truth
 from influence.scoring import METHODS
 from influence.spec import FeatureSpec
 from influence.store import Store, open_store
@@ -24,12 +34,22 @@ __all__ = [  # noqa: RUF022 - grouped by what they are
     "attribute",
     "build",
     "demo",
+    "doctor",
+    "evaluate_deletion",
+    "evaluate_lds",
+    "evaluate_shapley",
     "inspect",
     "open_store",
     "plan",
+    "score_matrix",
+    "truth_of",
     # records
     "FeatureSpec",
+    "FineTune",
+    "Query",
+    "Run",
     "Store",
+    "Truth",
     # what can be chosen
     "DEFAULT_BATCH",
     "ENGINES",

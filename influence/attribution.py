@@ -38,7 +38,7 @@ def attribute(
     method: str = "gauss-newton",
     damping: float = 0.1,
     draws: int = 256,
-    prompt: str | None = None,
+    prompt: str | Sequence[str] | None = None,
     model: str | os.PathLike[str] | None = None,
     lora: str | os.PathLike[str] | None = None,
     engine: str = "auto",
@@ -56,7 +56,7 @@ def attribute(
         method: Name in `METHODS`.
         damping: λ in units of tr(H)/k.
         draws: S of a query.
-        prompt: The prompt that the picture was made with; needed if the model reads captions.
+        prompt: The prompt that the pictures were made with, or one for each; needed if the model reads captions.
         model: Where the model is now, if it was moved since the store was built.
         lora: Where the LoRA is now.
         engine: As for `build`.
@@ -78,7 +78,7 @@ def attribute(
     if k is not None and k < 1:
         raise OptionError(f"k is {k}; expected at least 1, or all")
     chosen = METHODS[method]
-    _require_complete(made)
+    require_complete(made)
     if made.spec.conditional and prompt is None:
         raise OptionError(
             f"store {made.path.name} is of a model that reads captions, and no prompt was given; "
@@ -86,19 +86,22 @@ def attribute(
         )
     if not made.spec.conditional and prompt is not None:
         raise OptionError(f"store {made.path.name} is of a model that reads no captions; leave out --prompt")
-    loaded, options = _load_for(made, model, lora, draws, engine, batch_size, device, message)
+    paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
+    prompts = [prompt] * len(paths) if prompt is None or isinstance(prompt, str) else list(prompt)
+    if len(prompts) != len(paths):
+        raise OptionError(f"there are {len(prompts)} prompts for {len(paths)} pictures; pass one, or one for each")
+    loaded, options = load_for(made, model, lora, draws, engine, batch_size, device, message)
     if made.missing(chosen.family):
         message(
             f"{method} needs gradients of another output of the training images: taking them once, kept in the store"
         )
         data = read(made.source["dataset"], loaded.denoiser, made.source["creator_column"], progress, message)
         run_shards(made, chosen.family, loaded, options, data, 1, progress, message)
-    paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
-    phi_q = _query_features(loaded, chosen.family, paths, prompt, progress, message)
+    phi_q = query_features(loaded, chosen.family, paths, prompts, progress, message)
     groups = _groups(made, chosen.family)
     num_train = float(sum(sum(files.values()) for files in groups.values()))
-    solver = _curvature(made, chosen, damping) if chosen.curvature else None
-    v = scoring.precondition(chosen, torch.from_numpy(phi_q), solver, num_train)
+    factored = solver(made, chosen, damping) if chosen.curvature else None
+    v = scoring.precondition(chosen, torch.from_numpy(phi_q), factored, num_train)
     table = _rank(made, chosen, v, [str(path) for path in paths], k, groups)
     table.attrs |= {"method": method, "damping": damping, "draws": draws, "formula": chosen.formula}
     return table
@@ -108,7 +111,12 @@ def _open(path: str | os.PathLike[str]) -> Store:
     return store.open_store(path)
 
 
-def _require_complete(made: Store) -> None:
+def require_complete(made: Store) -> None:
+    """Refuse a store of which shards are missing.
+
+    Raises:
+        StoreError: Some are.
+    """
     missing, there = made.missing("loss"), len(made.records("loss"))
     if missing:
         raise StoreError(
@@ -117,7 +125,7 @@ def _require_complete(made: Store) -> None:
         )
 
 
-def _load_for(
+def load_for(
     made: Store,
     model: str | os.PathLike[str] | None,
     lora: str | os.PathLike[str] | None,
@@ -157,11 +165,11 @@ def _load_for(
     return loaded, options
 
 
-def _query_features(
+def query_features(
     loaded: Loaded,
     family: str,
     paths: Sequence[str | os.PathLike[str]],
-    prompt: str | None,
+    prompts: Sequence[str | None],
     progress: Progress,
     message: Message,
 ) -> np.ndarray:
@@ -169,7 +177,7 @@ def _query_features(
     channels, height, width = loaded.denoiser.image_size
     recipe = with_changes(loaded.recipe, role="query", output=family, curvature_rate=0.0)
     rows = []
-    for done, path in enumerate(paths):
+    for done, (path, prompt) in enumerate(zip(paths, prompts, strict=True)):
         progress("queries", done, len(paths))
         image, notes = datasets.decode(Path(path))
         for note in notes:
@@ -193,7 +201,7 @@ def _groups(made: Store, family: str) -> dict[str, dict[str, int]]:
     return groups
 
 
-def _curvature(made: Store, method: scoring.Method, damping: float) -> Curvature:
+def solver(made: Store, method: scoring.Method, damping: float) -> Curvature:
     """Factor H + λI, or read it back if it was factored before: named by all that it depends on."""
     files = made.items.groupby("item_id").size()
     weights = {item_id: float(n) for item_id, n in files.items()}

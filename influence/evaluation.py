@@ -1,156 +1,327 @@
-"""How well scores foretold what retraining showed: LDS, Shapley values of owners, scale; with intervals and a ceiling.
+"""Scores against retrained models: linear datamodeling score, deletion, owners' Shapley values.
 
-An *outcome* is −loss of a query under a model retrained on a subset: higher means that the subset helped. Scores are
-τ [query, train], so a subset's prediction is Σ_{i ∈ S} τ(q, i) and should rise with the outcome.
+Each function scores the truth's queries with a store of the same fine-tune, retrains what is missing in the truth's
+folder, and says how well the scores foretold what was measured.
 """
 
-import itertools
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
-from scipy.stats import rankdata
+import pandas as pd
+import torch
+from jaxtyping import Float
+from PIL import Image
 
-from influence import keys
+from influence import datasets, finetuning, keys, metrics, retraining, training
+from influence.attribution import attribute
 from influence.errors import OptionError
+from influence.pipeline import Progress, silent
+from influence.retraining import Query, Retrainer, Run, Truth
+from influence.store import Store
+
+Scores = Float[np.ndarray, "query train"]
 
 
-def predictions(
-    scores: Float[np.ndarray, "query train"], masks: Bool[np.ndarray, "subset train"]
-) -> Float[np.ndarray, "subset query"]:
-    """Σ_{i ∈ S} τ(q, i)."""
-    return masks.astype(np.float64) @ scores.T.astype(np.float64)
-
-
-def correlations(a: Float[np.ndarray, "subset query"], b: Float[np.ndarray, "subset query"]) -> np.ndarray:
-    """Spearman's rank correlation down the columns `[query]`, ties at their mean rank; 0 where a column is constant."""
-    ranks_a, ranks_b = (rankdata(np.asarray(x), axis=0) for x in (a, b))
-    ranks_a, ranks_b = ranks_a - ranks_a.mean(0), ranks_b - ranks_b.mean(0)
-    norm = np.sqrt((ranks_a**2).sum(0) * (ranks_b**2).sum(0))
-    return np.divide((ranks_a * ranks_b).sum(0), norm, out=np.zeros(norm.shape), where=norm > 0)
-
-
-def lds(
-    scores: Float[np.ndarray, "query train"],
-    masks: Bool[np.ndarray, "subset train"],
-    outcome: Float[np.ndarray, "subset query"],
-) -> Float[np.ndarray, " query"]:
-    """Linear datamodeling score of each query (Ilyas et al., 2022; Park et al., 2023).
-
-    Spearman's correlation over the subsets between Σ_{i ∈ S} τ(q, i) and the outcome of the model trained on S.
-
-    Raises:
-        OptionError: Subsets have different sizes, which any constant score would profit from.
-    """
-    sizes = np.unique(masks.sum(1))
-    if len(sizes) != 1:
-        raise OptionError(
-            f"subsets have {sizes.min()} to {sizes.max()} images; expected subsets of one size, so that a score which "
-            "is the same for every image foretells nothing"
-        )
-    return correlations(predictions(scores, masks), outcome)
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with a 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-def bootstrap(
-    foretold: Float[np.ndarray, "method subset query"],
-    outcome: Float[np.ndarray, "subset query"],
+def truth_of(
+    store: Store,
+    folder: str | Path,
     *,
-    repeats: int = 1000,
-    seed: int = 0,
-) -> Float[np.ndarray, "repeat method"]:
-    """Mean LDS of methods when subsets *and* queries are drawn again, with replacement: the same draw for all methods.
+    base: str | Path,
+    queries: Mapping[str, str | Path],
+    recipe: str | Path | None = None,
+    draws: int = 64,
+) -> Truth:
+    """Begin, or open, a truth of the fine-tune that a store was built of.
 
-    The difference of two columns is a paired difference.
+    Args:
+        store: The store: it says which data set and model.
+        folder: Where retrained models' losses are kept.
+        base: The pipeline that the fine-tune started from.
+        queries: For each kind of query (`generated`, `trained`, `unseen`, …) a folder of pictures, read as a data set.
+        recipe: `finetune.json`; by default the one beside the fine-tuned model or LoRA.
+        draws: Draws (t, ε) of a query's loss.
+
+    Raises:
+        OptionError: There is no recipe or no query, or the folder holds another truth.
     """
-    _, subsets, queries = foretold.shape
-    result = np.empty((repeats, len(foretold)))
-    for r in range(repeats):
-        s = keys.integers(("bootstrap-subsets", seed, r), subsets, subsets)
-        q = keys.integers(("bootstrap-queries", seed, r), queries, queries)
-        there = outcome[np.ix_(s, q)]
-        result[r] = [correlations(one[np.ix_(s, q)], there).mean() for one in foretold]
-    return result
+    source = store.source
+    if recipe is None:
+        place = Path(source["model"] if source["lora"] is None else source["lora"])
+        recipe = place if place.is_dir() else place.parent
+    found = [
+        Query(str(item.path), kind, item.caption if store.spec.conditional else None)
+        for kind, pictures in queries.items()
+        for item in datasets.read_dataset(pictures).items
+    ]
+    if not found:
+        raise OptionError("there are no queries; name folders of pictures, as in --queries generated=DIR")
+    return retraining.create(
+        folder,
+        base=base,
+        dataset=source["dataset"],
+        recipe=finetuning.read_recipe(recipe),
+        queries=found,
+        draws=draws,
+        resolution=source["resolution"],
+        creator_column=source["creator_column"],
+    )
 
 
-def interval(value: float, repeats: Float[np.ndarray, " repeat"]) -> Interval:
-    """Percentile interval."""
-    low, high = np.quantile(repeats, [0.025, 0.975])
-    return Interval(value, float(low), float(high))
+def score_matrix(store: Store, truth: Truth, *, method: str = "gauss-newton", **options: Any) -> Scores:
+    """τ of all queries and images of a truth, in its order.
+
+    Args:
+        store: A store of the fine-tune.
+        truth: The truth.
+        method: Name in `METHODS`.
+        options: As for `attribute`.
+
+    Raises:
+        OptionError: The store is of other images than the truth.
+    """
+    prompts = [query.caption or "" for query in truth.queries] if store.spec.conditional else None
+    table = attribute([query.path for query in truth.queries], store, k=None, method=method, prompt=prompts, **options)
+    ids = [item.item_id for item in truth.items]
+    missing = set(ids) ^ set(table["item_id"])
+    if missing:
+        raise OptionError(
+            f"the truth in {truth.folder} and store {store.path.name} differ in {len(missing)} images, {min(missing)} "
+            "among them; build the store of the data set that the truth was made of"
+        )
+    count = len(truth.queries)
+    position = np.repeat(np.arange(count), len(table) // count)
+    first = table.assign(position=position).drop_duplicates(["position", "item_id"])
+    return first.pivot(index="position", columns="item_id", values="score")[ids].to_numpy()
+
+
+def outcomes(truth: Truth, runs: Sequence[Run], workers: int, progress: Progress) -> Float[np.ndarray, "run query"]:
+    """−loss of every query under every run, retrained where it is missing."""
+    done = retraining.retrain(truth, runs, workers=workers, progress=progress)
+    found = {(row.name, row.seed): row.loss for row in done.itertuples(index=False)}
+    return -np.stack([found[run.name, run.seed] for run in runs])
+
+
+def half_runs(truth: Truth, subsets: int, seeds: int) -> list[Run]:
+    """Exact halves, each with every training seed: subset by subset."""
+    masks = retraining.halves(0, subsets, len(truth.items))
+    return [Run(f"half-{i:03d}", mask, seed) for i, mask in enumerate(masks) for seed in range(seeds)]
+
+
+def coalition_runs(truth: Truth, seeds: int) -> dict[frozenset[str], list[Run]]:
+    """All coalitions of owners, each with every training seed."""
+    masks = retraining.coalitions([item.creator for item in truth.items])
+    return {
+        owners: [Run("owners: " + " + ".join(sorted(owners)), mask, seed) for seed in range(seeds)]
+        for owners, mask in masks.items()
+    }
+
+
+def evaluate_lds(
+    truth: Truth,
+    scores: dict[str, Scores],
+    *,
+    subsets: int = 64,
+    seeds: int = 2,
+    workers: int = 1,
+    progress: Progress = silent,
+) -> pd.DataFrame:
+    """Linear datamodeling score of each method and kind of query, beside the control of a constant score.
+
+    Args:
+        truth: Where models are retrained.
+        scores: τ [query, train] by the name of the method.
+        subsets: Exact halves to retrain.
+        seeds: Training seeds for each of them; their mean is the outcome. Two at least.
+        workers: Processes that retrain.
+        progress: Called as work gets done.
+
+    Returns:
+        Columns kind, method, lds, low, high (95 %, bootstrap over queries and subsets), ceiling, of_ceiling.
+    """
+    runs = half_runs(truth, subsets, seeds)
+    by_seed = outcomes(truth, runs, workers, progress).reshape(subsets, seeds, -1).transpose(1, 0, 2)
+    masks = np.stack([run.members for run in runs[::seeds]])
+    scores = {"constant": np.ones((len(truth.queries), len(truth.items)))} | scores
+    rows = []
+    for kind, chosen in _kinds(truth):
+        ceiling = metrics.reliability(by_seed[:, :, chosen]).ceiling
+        outcome = by_seed.mean(0)[:, chosen]
+        foretold = np.stack([metrics.predictions(tau[chosen], masks) for tau in scores.values()])
+        repeats = metrics.bootstrap(foretold, outcome)
+        for column, (method, tau) in enumerate(scores.items()):
+            value = float(metrics.lds(tau[chosen], masks, outcome).mean())
+            found = metrics.interval(value, repeats[:, column])
+            share = value / ceiling if ceiling > 0 else float("nan")
+            rows.append((kind, method, value, found.low, found.high, ceiling, share))
+    return pd.DataFrame(rows, columns=["kind", "method", "lds", "low", "high", "ceiling", "of_ceiling"])
+
+
+def _kinds(truth: Truth) -> list[tuple[str, np.ndarray]]:
+    """Kinds of queries, in the order of the truth, and the indices of theirs."""
+    kinds = np.array([query.kind for query in truth.queries])
+    return [(kind, np.flatnonzero(kinds == kind)) for kind in dict.fromkeys(kinds)]
 
 
 @dataclass(frozen=True)
-class Reliability:
-    """How far the truth agrees with itself when it is made again with another training seed."""
+class OwnerTruth:
+    """What owners were worth to each query, and what their summed scores said."""
 
-    split_seed: float
-    """Mean over queries of Spearman's correlation between two seeds."""
-    mean_of_seeds: float
-    """The same for means over all seeds that there are (Spearman, 1910; Brown, 1910)."""
-    ceiling: float
-    """√(mean_of_seeds): the LDS that perfect scores can be expected to reach."""
+    owners: list[str]
+    measured: Float[np.ndarray, "owner query"]
+    """Exact Shapley value of −loss over coalitions retrained."""
+    predicted: Float[np.ndarray, "owner query"]
+    """Σ τ over the owner's images."""
+    gain: Float[np.ndarray, " query"]
+    """loss under the base − loss under the fine-tune on everything."""
 
 
-def reliability(by_seed: Float[np.ndarray, "seed subset query"]) -> Reliability:
-    """Split-seed reliability of outcomes, and with it the ceiling of the LDS.
+def owner_truth(
+    truth: Truth, scores: Scores, *, seeds: int = 3, workers: int = 1, progress: Progress = silent
+) -> OwnerTruth:
+    """Retrain all coalitions of owners and compare with the totals of a score."""
+    plan = coalition_runs(truth, seeds)
+    flat = [run for runs in plan.values() for run in runs]
+    found = outcomes(truth, flat, workers, progress).reshape(len(plan), seeds, -1).mean(1)
+    values = dict(zip(plan, found, strict=True))
+    exact = metrics.shapley(values)
+    owners = list(exact)
+    creators = np.array([item.creator for item in truth.items])
+    predicted = np.stack([scores[:, creators == owner].sum(1) for owner in owners])
+    gain = values[frozenset(owners)] - values[frozenset()]
+    return OwnerTruth(owners, np.stack(list(exact.values())), predicted, gain)
 
-    Raises:
-        OptionError: There is only one seed.
+
+def evaluate_shapley(
+    truth: Truth,
+    scores: dict[str, Scores],
+    *,
+    seeds: int = 3,
+    workers: int = 1,
+    progress: Progress = silent,
+) -> pd.DataFrame:
+    """Owners' summed scores against their exact Shapley values.
+
+    Returns:
+        Columns kind, method, pearson (over owners, mean of queries), total_variation (of shares, negative ones cut to
+        0 per owner), slope (measured on predicted, through the origin), gain (measured, mean), predicted_gain (Σᵢ τ).
     """
-    seeds = len(by_seed)
-    if seeds < 2:
-        raise OptionError("there is one training seed; expected two at least, or the ceiling of the LDS is unknown")
-    pairs = [correlations(by_seed[a], by_seed[b]).mean() for a, b in itertools.combinations(range(seeds), 2)]
-    r = float(np.mean(pairs))
-    whole = seeds * r / (1 + (seeds - 1) * r) if r > 0 else 0.0
-    return Reliability(r, whole, math.sqrt(whole))
+    rows = []
+    for method, tau in scores.items():
+        found = owner_truth(truth, tau, seeds=seeds, workers=workers, progress=progress)
+        for kind, chosen in _kinds(truth):
+            measured, predicted = found.measured[:, chosen], found.predicted[:, chosen]
+            pearson = float(np.mean([np.corrcoef(measured[:, q], predicted[:, q])[0, 1] for q in range(len(chosen))]))
+            distance = float(metrics.total_variation(measured, predicted).mean())
+            slope = metrics.slope(measured, predicted)
+            gains = float(found.gain[chosen].mean()), float(predicted.sum(0).mean())
+            rows.append((kind, method, pearson, distance, slope, *gains))
+    return pd.DataFrame(
+        rows, columns=["kind", "method", "pearson", "total_variation", "slope", "gain", "predicted_gain"]
+    )
 
 
-def shapley(values: Mapping[frozenset[str], Float[np.ndarray, " query"]]) -> dict[str, Float[np.ndarray, " query"]]:
-    """Exact Shapley values of owners (Shapley, 1953), from the value v(S) of every coalition.
+def evaluate_deletion(
+    truth: Truth,
+    scores: dict[str, Scores],
+    *,
+    limit: int = 4,
+    fractions: Sequence[float] = (0.01, 0.05, 0.2),
+    seeds: int = 2,
+    random_removals: int = 2,
+    picture: str | Path | None = None,
+    workers: int = 1,
+    progress: Progress = silent,
+) -> pd.DataFrame:
+    """Retrain without the images that a method ranks highest for a query, and measure what its loss does.
 
-    φ_o = Σ_{S ∌ o} |S|! (n − |S| − 1)! / n! · (v(S ∪ o) − v(S)). They sum to v(all) − v(∅).
+    Beside the methods: removals at random, and of the images that look most like the query.
 
-    Raises:
-        OptionError: A coalition is missing.
+    Args:
+        truth: Where models are retrained.
+        scores: τ by the name of the method.
+        limit: Queries of each kind: each costs (methods + 1) × fractions × seeds retrained models.
+        fractions: Shares of the images that are removed.
+        seeds: Training seeds.
+        random_removals: Random sets for each fraction; they serve all queries.
+        picture: PNG to write: the same noise sampled from the model trained on all images (first row) and from those
+            trained without the first query's top images by each method, by likeness, and at random.
+        workers: Processes that retrain.
+        progress: Called as work gets done.
+
+    Returns:
+        Columns query (index), kind, method, fraction, seed, rise: loss without − loss of the model trained on all, with
+        the same seed.
     """
-    owners = sorted(frozenset().union(*values))
-    n = len(owners)
-    if len(values) != 2**n:
-        raise OptionError(f"there are {len(values)} coalitions of {n} owners; expected all {2**n}; retrain the others")
-    shares = {}
-    for owner in owners:
-        without = [coalition for coalition in values if owner not in coalition]
-        shares[owner] = np.sum(
-            [
-                (values[s | {owner}] - values[s]) / (n * math.comb(n - 1, len(s)))  # |S|!(n−|S|−1)!/n!
-                for s in without
-            ],
-            axis=0,
+    count = len(truth.items)
+    queries = [int(q) for _, chosen in _kinds(truth) for q in chosen[:limit]]
+    everything = [Run("all", np.ones(count, dtype=bool), seed) for seed in range(seeds)]
+    ranked = scores | {"similar": similarity(truth)}
+    plan: list[tuple[int | None, str, float, Run]] = []
+    for fraction in fractions:
+        size = max(1, round(fraction * count))
+        for number in range(random_removals):
+            order = np.argsort(keys.uniform(("deletion", size, number), count), kind="stable")
+            plan += [
+                (None, "random", fraction, _without(f"delete random {number}", order[:size], count, seed))
+                for seed in range(seeds)
+            ]
+        for method, tau in ranked.items():
+            for q in queries:
+                top = np.argsort(-tau[q], kind="stable")[:size]
+                plan += [
+                    (q, method, fraction, _without(f"delete {method} for {q}", top, count, seed))
+                    for seed in range(seeds)
+                ]
+    if picture is not None:
+        first = {method: run for q, method, fraction, run in reversed(plan) if q in (None, queries[0])}
+        regenerate(truth, [everything[0], *first.values()], Path(picture))
+    runs = everything + [entry[3] for entry in plan]
+    found = outcomes(truth, runs, workers, progress)
+    base = {run.seed: value for run, value in zip(everything, found, strict=False)}
+    rows = []
+    for (query, method, fraction, run), value in zip(plan, found[len(everything) :], strict=True):
+        for q in queries if query is None else [query]:
+            rise = float(base[run.seed][q] - value[q])
+            rows.append((q, truth.queries[q].kind, method, fraction, run.seed, rise))
+    return pd.DataFrame(rows, columns=["query", "kind", "method", "fraction", "seed", "rise"])
+
+
+def _without(name: str, removed: np.ndarray, count: int, seed: int) -> Run:
+    members = np.ones(count, dtype=bool)
+    members[removed] = False
+    return Run(f"{name}, {len(removed)} of {count}, {members_digest(members)}", members, seed)
+
+
+def members_digest(members: np.ndarray) -> str:
+    """Tells removals of one name apart when scores have changed since."""
+    return keys.digest("members", np.packbits(members).tobytes().hex()).hex()[:8]
+
+
+def similarity(truth: Truth) -> Scores:
+    """Cosine of pixels, each picture's own mean taken away: looks, not influence."""
+    maker = Retrainer(truth)
+    x, q = (part.flatten(1).double() for part in (maker.x0, maker.query_x0))
+    x, q = ((part - part.mean(1, keepdim=True)) for part in (x, q))
+    return (torch.nn.functional.normalize(q) @ torch.nn.functional.normalize(x).T).numpy()
+
+
+def regenerate(truth: Truth, runs: Sequence[Run], out: Path, *, count: int = 8) -> None:
+    """Retrain the models, and sample the same noise from each: one row of pictures for each model, as a PNG."""
+    maker = Retrainer(truth)
+    cond = None if maker.query_cond is None else maker.query_cond[:count]
+    count = count if cond is None else len(cond)
+    rows = []
+    for run in runs:
+        maker.retrain(run)
+        denoiser = maker.denoiser
+        clip = 1.0 if cond is None else None
+        samples = training.generate(
+            denoiser.network, denoiser.schedule, count=count, shape=denoiser.sample_shape, seed=0, cond=cond, clip=clip
         )
-    return shares
-
-
-def slope(measured: Float[np.ndarray, "*any"], predicted: Float[np.ndarray, "*any"]) -> float:
-    """Of the line through the origin that foretells the measured from the predicted, by least squares."""
-    return float((measured * predicted).sum() / (predicted**2).sum())
-
-
-def total_variation(a: Float[np.ndarray, "owner query"], b: Float[np.ndarray, "owner query"]) -> np.ndarray:
-    """½ Σ_o |a_o − b_o| of the shares, negative values cut to 0 per owner, of each query."""
-    parts = []
-    for x in (a, b):
-        positive = np.clip(x, 0, None)
-        total = positive.sum(0)
-        parts.append(np.divide(positive, total, out=np.zeros_like(positive), where=total > 0))
-    return 0.5 * np.abs(parts[0] - parts[1]).sum(0)
+        pixels = denoiser.decode_images(samples)  # [count, channels, height, width] → [height, count · width, channels]
+        rows.append(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(2, 0, 3, 1).flatten(1, 2).numpy())
+    sheet = np.concatenate(rows)
+    Image.fromarray(sheet if sheet.shape[2] == 3 else sheet[:, :, 0]).save(out)

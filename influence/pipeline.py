@@ -344,7 +344,7 @@ def _shard_work(made: Store, family: str, loaded: Loaded, data: datasets.Dataset
                 f"{len(absent)} images of the store are not in the data set any more, {absent[0]} first; "
                 "build needs them to go on: put them back, or build another --store"
             )
-        taken = _take(loaded.denoiser, recipe, [by_id[item_id] for item_id in ids])
+        taken = take(loaded.denoiser, recipe, [by_id[item_id] for item_id in ids])
         made.commit(_content(family, shard, ids, taken))
 
     return work
@@ -355,7 +355,7 @@ def with_changes(recipe: Recipe, **changes: Any) -> Recipe:
     return Recipe(**{**vars(recipe), **changes})
 
 
-def _take(denoiser: Denoiser, recipe: Recipe, items: Sequence[datasets.Item]) -> Features:
+def take(denoiser: Denoiser, recipe: Recipe, items: Sequence[datasets.Item]) -> Features:
     """Load images, and take their features."""
     channels, height, width = denoiser.image_size
     pixels = [datasets.load(item, height=height, width=width, channels=channels) for item in items]
@@ -433,7 +433,7 @@ def plan(
     seconds = []
     for _ in range(2):  # the first pays for allocations and kernels: the second is the price
         start = time.perf_counter()
-        _take(loaded.denoiser, recipe, sample)
+        take(loaded.denoiser, recipe, sample)
         seconds.append(time.perf_counter() - start)
     return {
         "images": n,

@@ -7,7 +7,7 @@ model, in the order in which they were done. A line is written whole or is not r
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -251,16 +251,29 @@ def retrain(
     if not todo:
         return truth.runs()
     progress("retrain", len(wanted) - len(todo), len(wanted))
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin, initargs=(truth,))
-    with pool, (truth.folder / "runs.jsonl").open("ab") as journal:
+    with (truth.folder / "runs.jsonl").open("ab") as journal:
         _end_torn_line(truth.folder / "runs.jsonl", journal)
-        futures = [pool.submit(_work, run) for run in todo]
-        for count, future in enumerate(as_completed(futures), 1):
-            journal.write(json.dumps(future.result(), ensure_ascii=False).encode() + b"\n")
+        for count, row in enumerate(_rows(truth, todo, workers), 1):
+            journal.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             journal.flush()
             os.fsync(journal.fileno())
             progress("retrain", len(wanted) - len(todo) + count, len(wanted))
     return truth.runs()
+
+
+def _rows(truth: Truth, runs: Sequence[Run], workers: int) -> Iterator[dict[str, Any]]:
+    """Retrain in this process, or in several; one thread each, so that the sums come out the same."""
+    if workers == 1:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield from map(Retrainer(truth), runs)
+        finally:
+            torch.set_num_threads(threads)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin, initargs=(truth,)) as pool:
+        for future in as_completed([pool.submit(_work, run) for run in runs]):
+            yield future.result()
 
 
 def _end_torn_line(path: Path, journal: Any) -> None:

@@ -5,7 +5,7 @@ in what they train, or in `members`, see the same noise at the same place of the
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -21,9 +21,9 @@ Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """Called with x_t `[rows, *shape]`, t `[rows]` and the condition `[rows, ...]` or None; returns `[rows, *shape]`."""
 
 
-def initialise(network: nn.Module, seed: int) -> None:
+def initialise(parameters: Mapping[str, nn.Parameter], seed: int) -> None:
     """Draw keyed initial weights: uniform within 1/√(inputs), as torch's own; norms start as the identity."""
-    for name, parameter in network.named_parameters():
+    for name, parameter in parameters.items():
         if parameter.ndim == 1:
             values = torch.full(parameter.shape, float("norm" in name and name.endswith("weight")))
         else:

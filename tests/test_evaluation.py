@@ -1,126 +1,129 @@
-"""Evaluation: known answers, published and exact."""
+"""`influence evaluate` on a small fine-tune: retraining, tables and the doctor, by the library and the command line."""
 
-import itertools
+import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy.stats import spearmanr
+from click.testing import CliRunner
+from influence_cli.main import cli
+from PIL import Image
+from tiny_models import pictures, tiny_ddpm
 
-from influence import evaluation, keys
+import influence
+from influence import finetuning, retraining
 from influence.errors import OptionError
+from influence.finetuning import FineTune
+from influence.retraining import Query, Run
 
 
-def masks_of(subsets, images):
-    """Boolean masks of index sets."""
-    masks = np.zeros((len(subsets), images), dtype=bool)
-    for row, subset in enumerate(subsets):
-        masks[row, list(subset)] = True
-    return masks
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A fine-tune with its store and three kinds of queries, as a user has them."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    base, data = tiny_ddpm(folder / "base"), pictures(folder / "data", count=12, size=8, captions=False)
+    pictures(folder / "unseen", count=2, size=8, captions=False, key=1)
+    recipe = FineTune(epochs=60, batch_size=6, learning_rate=3e-3)
+    query = Query(str(data / "000.png"), "trained")
+    truth = retraining.create(folder / "making", base=base, dataset=data, recipe=recipe, queries=[query], draws=8)
+    maker = retraining.Retrainer(truth)
+    maker.retrain(Run("all", np.ones(12, dtype=bool), 0))
+    finetuning.save(maker.denoiser, recipe, folder / "model", base=base)
+    influence.build(data, model=folder / "model", store=folder / "store", dim=512, draws=16)
+    return folder
 
 
-def test_scores_that_define_the_truth_have_lds_one():
-    scores = keys.normal(("scores",), (5, 20)).astype(np.float64)
-    masks = np.stack([np.argsort(keys.uniform(("mask", i), 20)) < 10 for i in range(12)])
-    outcome = evaluation.predictions(scores, masks)
-    assert evaluation.lds(scores, masks, outcome) == pytest.approx(np.ones(5))
-    assert evaluation.lds(-scores, masks, outcome) == pytest.approx(-np.ones(5))
+@pytest.fixture(scope="module")
+def truth(made):
+    store = influence.open_store(made / "store")
+    queries = {"trained": made / "data", "unseen": made / "unseen"}
+    return influence.truth_of(store, made / "truth", base=made / "base", queries=queries, draws=16)
 
 
-def test_the_published_unit_case_of_dattri():
-    scores = np.array([[0.1, 0.2, 0.3, 0.4], [0.2, 0.1, 0.3, 0.4]])
-    outcome = np.array([[0.3, 0.3], [0.4, 0.4], [0.5, 0.3]])
-    masks = masks_of([{0, 1}, {0, 2}, {1, 2}], 4)
-    assert evaluation.lds(scores, masks, outcome) == pytest.approx([1.0, 0.8660254])
+@pytest.fixture(scope="module")
+def scores(made, truth):
+    return influence.score_matrix(influence.open_store(made / "store"), truth, draws=16)
 
 
-def test_correlations_are_scipys_with_ties_and_zero_for_a_constant():
-    a = keys.integers(("a",), 60, 5).reshape(20, 3).astype(float)
-    b = keys.integers(("b",), 60, 5).reshape(20, 3).astype(float)
-    expected = [spearmanr(a[:, j], b[:, j]).statistic for j in range(3)]
-    assert evaluation.correlations(a, b) == pytest.approx(expected)
-    assert evaluation.correlations(np.ones((20, 3)), b) == pytest.approx(np.zeros(3))
+def test_the_score_matrix_is_attribute_in_the_order_of_the_truth(made, truth, scores):
+    assert scores.shape == (14, 12)
+    table = influence.attribute([truth.queries[3].path], made / "store", k=None, draws=16)
+    by_item = table.set_index("item_id")["score"]
+    assert scores[3] == pytest.approx([by_item[item.item_id] for item in truth.items], rel=1e-5)
 
 
-def test_subsets_of_different_sizes_are_refused():
-    with pytest.raises(OptionError, match="1 to 2 images"):
-        evaluation.lds(np.ones((1, 3)), masks_of([{0}, {1, 2}], 3), np.ones((2, 1)))
+def test_trained_pictures_lose_when_they_are_left_out_and_the_scores_foretell_it(truth, scores):
+    table = influence.evaluate_lds(truth, {"gauss-newton": scores}, subsets=8, seeds=2)
+    rows = table.set_index(["kind", "method"])
+    assert rows.loc[("trained", "constant"), "lds"] == 0
+    found = rows.loc[("trained", "gauss-newton")]
+    assert found["low"] <= found["lds"] <= found["high"]
+    assert found["lds"] > 0.3
+    assert 0 < found["ceiling"] <= 1
+    assert found["of_ceiling"] == pytest.approx(found["lds"] / found["ceiling"])
 
 
-def test_ridge_regression_leave_one_out_is_exact():
-    """Gauss–Newton influence with its leave-one-out correction foretells ridge regression's retraining exactly."""
-    x = keys.normal(("x",), (30, 4)).astype(np.float64)
-    y = keys.normal(("y",), (30,)).astype(np.float64)
-    ridge = 0.7 * np.eye(4)
-    query = keys.normal(("q",), (4,)).astype(np.float64)
-    inverse = np.linalg.inv(x.T @ x + ridge)
-    theta = inverse @ x.T @ y
-    leverage = np.einsum("ij,jk,ik->i", x, inverse, x)
-    foretold = (y - x @ theta) * (x @ inverse @ query) / (1 - leverage)
-    for i in range(30):
-        kept = np.arange(30) != i
-        left_out = np.linalg.solve(x[kept].T @ x[kept] + ridge, x[kept].T @ y[kept])
-        assert foretold[i] == pytest.approx(query @ theta - query @ left_out, abs=1e-12)
+def test_owners_values_sum_to_the_gain_of_the_fine_tune(truth, scores):
+    found = influence.evaluation.owner_truth(truth, scores, seeds=1)
+    assert found.owners == ["creator 0", "creator 1", "creator 2"]
+    assert found.measured.sum(0) == pytest.approx(found.gain)
+    table = influence.evaluate_shapley(truth, {"gauss-newton": scores}, seeds=1).set_index("kind")
+    assert table.loc["trained", "gain"] == pytest.approx(found.gain[:12].mean())
+    assert table.loc["trained", "gain"] > 0
 
 
-def additive(weights):
-    """The game in which each owner adds a fixed amount."""
-    owners = list(weights)
-    subsets = [frozenset(c) for n in range(len(owners) + 1) for c in itertools.combinations(owners, n)]
-    return {s: np.array([float(sum(weights[o] for o in s))]) for s in subsets}
+def test_deletion_removes_what_is_ranked_first(made, truth, scores):
+    out = made / "regenerated.png"
+    table = influence.evaluate_deletion(
+        truth, {"gauss-newton": scores}, limit=1, fractions=(0.25,), seeds=1, random_removals=1, picture=out
+    )
+    assert sorted(table["method"].unique()) == ["gauss-newton", "random", "similar"]
+    assert len(table) == 2 * 3
+    run = truth.runs().set_index("name")
+    name = next(name for name in run.index if name.startswith("delete gauss-newton for 0,"))
+    assert set(np.flatnonzero(~run.loc[name, "members"])) == set(np.argsort(-scores[0])[:3])
+    with Image.open(out) as sheet:
+        assert sheet.size == (8 * 8, 4 * 8)
+    trained = table[(table["kind"] == "trained") & (table["method"] != "random")]
+    assert (trained["rise"] > 0).all()  # both remove the picture itself
 
 
-@given(st.lists(st.floats(-5, 5), min_size=1, max_size=5))
-@settings(max_examples=30, deadline=None)
-def test_shapley_of_an_additive_game_is_each_owners_amount(amounts):
-    weights = {f"owner {i}": amount for i, amount in enumerate(amounts)}
-    values = evaluation.shapley(additive(weights))
-    assert {o: float(v[0]) for o, v in values.items()} == pytest.approx(weights, abs=1e-9)
+def test_the_doctor_finds_a_good_store_well(made):
+    table = influence.doctor(influence.open_store(made / "store"), [made / "unseen" / "000.png"], draws=64)
+    rows = table.set_index("check")
+    assert rows.loc["coverage", "value"] == 1
+    for check in ("coverage", "batch invariance", "finds itself"):
+        assert rows.loc[check, "ok"], rows.loc[check]
+    assert rows.loc["batch invariance", "value"] < 1e-5
+    with pytest.raises(OptionError, match="reads others"):
+        influence.doctor(influence.open_store(made / "store"), method="d-trak")
 
 
-def test_shapley_of_the_glove_game():
-    """One left glove, two right ones: 2/3, 1/6, 1/6 (a textbook example)."""
-    subsets = [frozenset(c) for n in range(4) for c in itertools.combinations("LRr", n)]
-    values = evaluation.shapley({s: np.array([float("L" in s and len(s) > 1)]) for s in subsets})
-    assert {o: float(v[0]) for o, v in values.items()} == pytest.approx({"L": 2 / 3, "R": 1 / 6, "r": 1 / 6})
-    assert sum(float(v[0]) for v in values.values()) == pytest.approx(1.0)
+def test_the_doctor_finds_a_store_of_few_draws_out(made, tmp_path):
+    influence.build(made / "data", model=made / "model", store=tmp_path / "store", dim=64, draws=2)
+    table = influence.doctor(influence.open_store(tmp_path / "store"), draws=2).set_index("check")
+    assert not table.loc["training draws", "ok"]
+    assert not table.loc["query draws", "ok"]
 
 
-def test_shapley_refuses_a_missing_coalition():
-    values = additive({"a": 1.0, "b": 2.0})
-    del values[frozenset("a")]
-    with pytest.raises(OptionError, match="3 coalitions of 2 owners"):
-        evaluation.shapley(values)
+def test_the_command_line(made, truth):
+    common = ["--store", str(made / "store"), "--truth", str(made / "truth-by-command"), "--base", str(made / "base")]
+    common += ["--queries", f"unseen={made / 'unseen'}", "--draws", "8", "--json"]
+    found = CliRunner().invoke(cli, ["evaluate", "lds", *common, "--subsets", "3", "--method", "grad-dot"])
+    assert found.exit_code == 0, found.output
+    assert [row["method"] for row in json.loads(found.stdout)] == ["constant", "grad-dot"]
+    found = CliRunner().invoke(cli, ["evaluate", "shapley", *common, "--seeds", "1"])
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.stdout)[0]["kind"] == "unseen"
+    found = CliRunner().invoke(cli, ["evaluate", "deletion", *common, "--seeds", "1", "--fraction", "0.2"])
+    assert {row["method"] for row in json.loads(found.stdout)} == {"random", "similar", "gauss-newton"}
+    found = CliRunner().invoke(cli, ["evaluate", "lds", *common[:-5], "--queries", "odd"])
+    assert found.exit_code == 2
+    found = CliRunner().invoke(cli, ["evaluate", "doctor", "--store", str(made / "store"), "--draws", "2"])
+    assert "batch invariance" in found.stdout
 
 
-def test_reliability_of_known_noise():
-    """Signal and noise of equal variance: one seed agrees with another at about 1/2, two with two at 2/3."""
-    signal = keys.normal(("signal",), (2000, 4))
-    by_seed = np.stack([signal + keys.normal(("noise", s), (2000, 4)) for s in range(2)])
-    found = evaluation.reliability(by_seed)
-    assert found.split_seed == pytest.approx(0.48, abs=0.03)  # Spearman of a Gaussian correlation of 1/2
-    assert found.mean_of_seeds == pytest.approx(2 * found.split_seed / (1 + found.split_seed))
-    assert found.ceiling == pytest.approx(found.mean_of_seeds**0.5)
-    with pytest.raises(OptionError, match="one training seed"):
-        evaluation.reliability(by_seed[:1])
-
-
-def test_the_bootstrap_is_paired_and_covers():
-    truth = keys.normal(("truth",), (64, 20)).astype(np.float64)
-    good, same = truth + keys.normal(("good",), (64, 20)), truth + keys.normal(("good",), (64, 20))
-    repeats = evaluation.bootstrap(np.stack([good, same, -truth]), truth, repeats=200)
-    assert np.array_equal(repeats[:, 0], repeats[:, 1])
-    assert repeats[:, 2] == pytest.approx(-np.ones(200))
-    value = evaluation.correlations(good, truth).mean()
-    found = evaluation.interval(value, repeats[:, 0])
-    assert found.low < value < found.high
-    assert 0.02 < found.high - found.low < 0.3
-
-
-def test_slope_and_total_variation():
-    predicted = np.array([1.0, 2.0, 3.0])
-    assert evaluation.slope(1.3 * predicted, predicted) == pytest.approx(1.3)
-    a, b = np.array([[1.0, 2.0], [1.0, -3.0]]), np.array([[3.0, 1.0], [1.0, 1.0]])
-    assert evaluation.total_variation(a, a) == pytest.approx([0.0, 0.0])
-    assert evaluation.total_variation(a, b) == pytest.approx([0.25, 0.5])
+def test_a_store_of_other_images_is_refused(made, truth, tmp_path):
+    pictures(tmp_path / "other", count=12, size=8, captions=False, key=5)
+    influence.build(tmp_path / "other", model=made / "model", store=tmp_path / "store", dim=64, draws=2)
+    with pytest.raises(OptionError, match="differ in 24 images"):
+        influence.score_matrix(influence.open_store(tmp_path / "store"), truth, draws=2)

@@ -10,15 +10,15 @@ LAYERS = [
     ["errors"],
     ["keys"],
     ["spec", "diffusion", "projection", "curvature"],
-    ["gradients", "scoring"],
+    ["gradients", "scoring", "metrics"],
     ["features"],
     ["datasets", "models", "shards", "training"],
-    ["store", "executors", "typefaces"],
-    ["inspection", "figure", "pipeline"],
+    ["store", "executors", "typefaces", "finetuning"],
+    ["inspection", "figure", "pipeline", "retraining"],
     ["attribution"],
-    ["demo"],
+    ["demo", "doctor", "evaluation"],
 ]
-MIDDLE = {"spec", "diffusion", "projection", "curvature", "gradients", "scoring", "features"}
+MIDDLE = {"spec", "diffusion", "projection", "curvature", "gradients", "scoring", "metrics", "features"}
 ORDER = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 

@@ -1,0 +1,327 @@
+"""Compares methods on a ground truth, at equal numbers of backward passes, and writes one table.
+
+    python paper/comparison.py emoji --work work/emoji
+
+Features are kept in the work folder. Every method has 80 backward passes for each training image and 256 for each
+query. LDS ×100 is given at the method's own best damping on all halves (an oracle), and at the damping that is best on
+one half of the masks, scored on the other, both ways round.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from ekfac import Ekfac
+from ground_truth import PAPER, prepare
+
+from influence import diffusion, evaluation, features, gradients, metrics, models, retraining
+from influence.curvature import curvature, solve
+from influence.features import Recipe
+from influence.gradients import Inputs, Output
+from influence.projection import PROJECTIONS, Projection
+
+DIM, DRAWS, QUERY_DRAWS = 8192, 40, 128
+DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+RHOS = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
+Scores = np.ndarray
+
+
+@dataclass(frozen=True)
+class Side:
+    """Training images or queries."""
+
+    role: str
+    ids: list[str]
+    x0: torch.Tensor
+    cond: torch.Tensor | None
+    draws: int
+
+
+class Subject:
+    """A fine-tuned model with the pictures of its truth, and features kept in a folder."""
+
+    def __init__(self, name: str, work: Path) -> None:
+        """Load."""
+        self.truth = truth = prepare(name, work, None)
+        adapted = truth.recipe.lora_rank is not None
+        model = truth.base if adapted else work / "model"
+        self.denoiser = models.load_denoiser(model, lora=work / "model" if adapted else None)
+        encoded = retraining.encode(self.denoiser, [i.path for i in truth.items], [i.caption for i in truth.items])
+        asked = retraining.encode(self.denoiser, [q.path for q in truth.queries], [q.caption for q in truth.queries])
+        self.train = Side("train", [item.item_id for item in truth.items], *encoded, DRAWS)
+        self.query = Side("query", truth.query_ids, *asked, QUERY_DRAWS)
+        self.folder = work / "features"
+        self.folder.mkdir(exist_ok=True)
+        self.shapes = {name: tuple(p.shape) for name, p in self.denoiser.parameters.items()}
+        self.size = sum(p.numel() for p in self.denoiser.parameters.values())
+        self.sketch = PROJECTIONS["countsketch"](self.shapes, dim=DIM, seed=0, device=torch.device("cpu"))
+        self.identity = PROJECTIONS["identity"](self.shapes, dim=self.size, seed=0, device=torch.device("cpu"))
+
+    def kept(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """An array of the folder, made if it is missing."""
+        file = self.folder / f"{name}.npy"
+        if not file.exists():
+            np.save(file.with_suffix(".part.npy"), make())
+            file.with_suffix(".part.npy").rename(file)
+            print(f"{name} taken", flush=True)
+        return np.load(file, mmap_mode="r")
+
+    def rows(self, side: Side, image: int, draws: int, seed: int) -> tuple[Inputs, torch.Tensor, torch.Tensor]:
+        """Draws of one image as inputs of the network; its clean picture and the noise."""
+        t, eps = diffusion.draws(
+            seed, side.role, side.ids[image], draws, self.denoiser.schedule.num_timesteps, tuple(side.x0.shape[1:])
+        )
+        clean = side.x0[image : image + 1].expand_as(eps)
+        cond = None if side.cond is None else side.cond[image : image + 1].expand(draws, -1, -1)
+        return Inputs(diffusion.noised(self.denoiser.schedule, clean, t, eps), t, cond), clean, eps
+
+    def projected(self, inputs: Inputs, output: Output, projection: Projection) -> torch.Tensor:
+        """Gradients of one output."""
+        return gradients.per_sample_gradients(
+            self.denoiser.network, self.denoiser.parameters, inputs, [output], projection, engine="hooks"
+        )[0].features
+
+    def phi(
+        self, side: Side, output: str, seed: int, projection: Projection, curvature_rate: float = 0.0
+    ) -> np.ndarray:
+        """φ of all images, or their curvature rows ψ after it, as the library takes them."""
+        recipe = Recipe(
+            self.denoiser.schedule, self.denoiser.parameters, projection, seed, side.role, side.draws, rate,
+            output, bf16=False, engine="hooks", batch_size=64,
+        )  # fmt: skip
+        phi, psi = [], []
+        for first in range(0, len(side.ids), 8):
+            part = slice(first, first + 8)
+            cond = None if side.cond is None else side.cond[part]
+            taken = features.features(self.denoiser.network, recipe, side.ids[part], side.x0[part], cond)
+            phi.append(taken.phi)
+            psi.append(taken.psi)
+        return np.concatenate(phi + psi)
+
+    def mean_phi(self, side: Side, output: str) -> np.ndarray:
+        """Mean over the draws of two seeds."""
+        return (
+            sum(
+                self.kept(f"{output}-{side.role}-{seed}", lambda s=seed: self.phi(side, output, s, self.sketch))
+                for seed in (0, 1)
+            )
+            / 2
+        )
+
+
+def preconditioned(query: np.ndarray, train: np.ndarray, rows: np.ndarray) -> dict[float, Scores]:
+    """φ_qᵀ (H + λI)⁻¹ φ_i / N with H of the rows, at every damping; H is summed once."""
+    q, t = torch.tensor(query).double(), torch.tensor(train).double()
+    result = {}
+    if len(rows) < DIM:
+        for damping in DAMPINGS:
+            blocks = [(np.array(rows), np.ones(len(rows)))]
+            factored = curvature(blocks, dim=DIM, damping=damping, num_rows=len(rows))
+            result[damping] = (solve(factored, q) @ t.T).numpy() / len(train)
+        return result
+    h = torch.zeros(DIM, DIM, dtype=torch.float64)
+    for first in range(0, len(rows), 2000):
+        part = torch.tensor(rows[first : first + 2000])
+        h += part.T @ part
+    h /= len(rows)
+    trace = float(h.trace())
+    for damping in DAMPINGS:
+        damped = h.clone()
+        damped.diagonal().add_(damping * trace / DIM)
+        result[damping] = (torch.cholesky_solve(q.T, torch.linalg.cholesky(damped)).T @ t.T).numpy() / len(train)
+    return result
+
+
+def gauss_newton(subject: Subject) -> dict[float, Scores]:
+    """The default: 40 draws, and a curvature row for each."""
+    n = len(subject.train.ids)
+    both = subject.kept(
+        "loss-and-curvature", lambda: subject.phi(subject.train, "loss", 0, subject.sketch, float(DRAWS))
+    )
+    return preconditioned(subject.mean_phi(subject.query, "loss"), both[:n], both[n:])
+
+
+def trak(subject: Subject) -> dict[float, Scores]:
+    """Park et al. (2023), 80 draws."""
+    train = subject.mean_phi(subject.train, "loss")
+    return preconditioned(subject.mean_phi(subject.query, "loss"), train, train)
+
+
+def d_trak(subject: Subject) -> dict[float, Scores]:
+    """Zheng et al. (2024), 80 draws."""
+    train = subject.mean_phi(subject.train, "square")
+    return preconditioned(subject.mean_phi(subject.query, "square"), train, train)
+
+
+def das(subject: Subject) -> dict[float, Scores]:
+    """Lin et al. (2025), before its square: unit gradients of mean |f|, the residual's size, 1/(1 − leverage)."""
+
+    def take(side: Side, draws: int) -> np.ndarray:
+        rows = []
+        for image in range(len(side.ids)):
+            inputs, _, _ = subject.rows(side, image, draws, 0)
+            output = Output(lambda prediction: prediction.abs().flatten(1).mean(1), (), 1)
+            each = subject.projected(inputs, output, subject.sketch)
+            rows.append(torch.nn.functional.normalize(each).mean(0).numpy())
+        return np.stack(rows)
+
+    def size(side: Side) -> np.ndarray:
+        found = retraining.losses(subject.denoiser, side.x0, side.cond, side.ids, 2 * DRAWS)
+        return np.sqrt(found)
+
+    train = subject.kept("das-train", lambda: take(subject.train, 2 * DRAWS))
+    query = subject.kept("das-query", lambda: take(subject.query, 2 * QUERY_DRAWS))
+    residual = subject.kept("das-residual", lambda: size(subject.train))
+    leverage = {damping: np.diag(own) for damping, own in preconditioned(train, train, train).items()}
+    found = preconditioned(query, train, train)
+    return {damping: tau * residual / (1 - leverage[damping]) for damping, tau in found.items()}
+
+
+def ekfac(subject: Subject) -> dict[float, Scores]:
+    """Unprojected EK-FAC: 8 draws for the bases, 32 for the eigenvalues, 40 for the gradients."""
+    shape, train = tuple(subject.train.x0.shape[1:]), subject.train
+    scale = (2 / np.prod(shape)) ** 0.5
+
+    def probes(image: int, draws: int, seed: int) -> torch.Tensor:
+        return scale * diffusion.probes(seed, train.ids[image], np.arange(draws), shape)
+
+    def bases() -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]]:
+        for image in range(len(train.ids)):
+            inputs, _, _ = subject.rows(train, image, 8, 11)
+            yield inputs.x_t, inputs.t, inputs.cond, probes(image, 8, 11)
+
+    def pseudo() -> Iterator[torch.Tensor]:
+        output = Output(lambda f, xi: (f * xi).flatten(1).sum(1), (), 1)
+        for image in range(len(train.ids)):
+            inputs, _, _ = subject.rows(train, image, 32, 12)
+            one = Output(output.value, (probes(image, 32, 12),), 1)
+            yield subject.projected(inputs, one, subject.identity)
+
+    def make() -> np.ndarray:
+        fitted = Ekfac(subject.denoiser.network, subject.denoiser.parameters)
+        fitted.fit_bases(bases())
+        fitted.fit_eigenvalues(pseudo())
+        queries = subject.phi(subject.query, "loss", 0, subject.identity)
+        scores = fitted.scorer(torch.tensor(queries), torch.tensor(subject.phi(train, "loss", 0, subject.identity)))
+        return np.stack([scores(rho).numpy() for rho in RHOS])
+
+    return dict(zip(RHOS, subject.kept("ekfac-scores", make), strict=True))
+
+
+def datainf(subject: Subject) -> dict[float, Scores]:
+    """Kwon et al. (2024): the mean of rank-one inverses, layer by layer; λ_l = damping · mean of squared entries."""
+    g = torch.tensor(subject.kept("raw-train", lambda: subject.phi(subject.train, "loss", 0, subject.identity)))
+    q = torch.tensor(subject.kept("raw-query", lambda: subject.phi(subject.query, "loss", 0, subject.identity)))
+    result, start = {damping: torch.zeros(len(q), len(g)) for damping in DAMPINGS}, 0
+    for shape in subject.shapes.values():
+        part = slice(start, start + int(np.prod(shape)))
+        start = part.stop
+        own, asked = g[:, part], q[:, part]
+        inner, squared = asked @ own.T, own.square().sum(1)
+        for damping, total in result.items():
+            lam = damping * own.square().mean()
+            weight = inner / (lam + squared)  # [query, j]
+            total += (inner - weight @ (own @ own.T) / len(g)) / lam
+    return {damping: (total / len(g)).numpy() for damping, total in result.items()}
+
+
+def cosines(subject: Subject) -> dict[str, Scores]:
+    """Methods without damping."""
+    query, train = subject.mean_phi(subject.query, "loss"), subject.mean_phi(subject.train, "loss")
+    shape = (len(query), len(train))
+    u = (
+        torch.nn.functional.normalize(subject.query.x0.flatten(1)),
+        torch.nn.functional.normalize(subject.train.x0.flatten(1)),
+    )
+    dot = query @ train.T
+    norms = np.linalg.norm(query, axis=1)[:, None] * np.linalg.norm(train, axis=1)
+    return {
+        "random": np.random.Generator(np.random.Philox(0)).normal(size=shape),
+        "constant": np.ones(shape),
+        "pixel cosine": evaluation.similarity(subject.truth),
+        "latent cosine": (u[0] @ u[1].T).numpy(),
+        "grad-dot": dot,
+        "grad-cos": dot / norms,
+    }
+
+
+def all_scores(subject: Subject) -> dict[str, dict[float, Scores]]:
+    """Each method at each damping."""
+    found = {name: {0.0: tau} for name, tau in cosines(subject).items()}
+    for name, method in {"trak": trak, "d-trak": d_trak, "das": das, "gauss-newton": gauss_newton}.items():
+        kept = subject.kept(f"scores-{name}", lambda m=method: np.stack(list(m(subject).values())))
+        found[name] = dict(zip(DAMPINGS, kept, strict=True))
+    found["ek-fac"] = ekfac(subject)
+    if subject.truth.recipe.lora_rank is not None:
+        found["datainf"] = datainf(subject)
+    return found
+
+
+READOUTS: dict[str, Callable[[Scores], Scores]] = {"raw": lambda tau: tau, "signed square": lambda tau: tau * abs(tau)}
+
+
+def compare(subject: Subject, out: Path) -> pd.DataFrame:
+    """The table: method, readout, kind of query; LDS at the best damping, chosen blindly, and at the default."""
+    truth = subject.truth
+    runs = evaluation.half_runs(truth, 64, 2)
+    by_seed = evaluation.outcomes(truth, runs, 1, lambda *_: None).reshape(64, 2, -1).transpose(1, 0, 2)
+    masks = np.stack([run.members for run in runs[::2]])
+    kinds = np.array([query.kind for query in truth.queries])
+    outcome = by_seed.mean(0)
+    ours, rows = "gauss-newton", []
+    scores = all_scores(subject)
+    foretold = {
+        (name, readout): {d: metrics.predictions(change(tau), masks) for d, tau in dampings.items()}
+        for name, dampings in scores.items()
+        for readout, change in READOUTS.items()
+    }
+    for kind in dict.fromkeys(kinds):
+        chosen = kinds == kind
+        ceiling = metrics.reliability(by_seed[:, :, chosen]).ceiling
+        best = {}
+        for key, dampings in foretold.items():
+            each = {d: metrics.correlations(p[:, chosen], outcome[:, chosen]).mean() for d, p in dampings.items()}
+            best[key] = max(each, key=each.__getitem__)
+            blind = blind_choice({d: p[:, chosen] for d, p in dampings.items()}, outcome[:, chosen])
+            rows.append([kind, *key, best[key], each[best[key]], blind, each.get(0.1), ceiling])
+        default = foretold[ours, "raw"][0.1][:, chosen]
+        stack = np.stack([default, *(foretold[key][best[key]][:, chosen] for key in foretold)])
+        repeats = metrics.bootstrap(stack, outcome[:, chosen])
+        for row, column in zip(rows[-len(foretold) :], range(1, len(stack)), strict=True):
+            low, high = np.quantile(repeats[:, 0] - repeats[:, column], [0.025, 0.975])
+            row += [*np.quantile(repeats[:, column], [0.025, 0.975]), low, high]
+    names = ["kind", "method", "readout", "best_damping", "lds_best", "lds_blind", "lds_at_0.1", "ceiling"]
+    table = pd.DataFrame(rows, columns=[*names, "low", "high", "default_minus_low", "default_minus_high"])
+    table.to_csv(out, index=False, float_format="%.4f", lineterminator="\n")
+    return table
+
+
+def blind_choice(dampings: dict[float, np.ndarray], outcome: np.ndarray) -> float:
+    """LDS at the damping that is best on the other half of the masks, mean of both ways."""
+    found = []
+    for here, there in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
+        each = {d: metrics.correlations(p[there], outcome[there]).mean() for d, p in dampings.items()}
+        damping = max(each, key=each.__getitem__)
+        found.append(metrics.correlations(dampings[damping][here], outcome[here]).mean())
+    return float(np.mean(found))
+
+
+def main() -> None:
+    """Take what is missing, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("truth")
+    parser.add_argument("--work", type=Path, required=True, help="folder that ground_truth.py made")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    out = PAPER / "results"
+    out.mkdir(exist_ok=True)
+    table = compare(Subject(options.truth, options.work), out / f"{options.truth}-comparison.csv")
+    print(table.to_string(float_format=lambda value: f"{value:.3f}"))
+
+
+if __name__ == "__main__":
+    main()
