@@ -42,7 +42,7 @@ _MAX_DEPTH = 32
 _CHUNK = 1 << 20
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP)
-ADVICE = "run influence inspect on the store"
+ADVICE = "run influence verify on the store"
 _RESTORE = "restore it from a copy, or remove it and build again"
 
 

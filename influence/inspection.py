@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from influence import datasets, store
+from influence import datasets, store, verification
 from influence.errors import InfluenceError, OptionError
 
 _MAX_HEADER = 100 << 20  # the limit that safetensors itself sets
@@ -65,7 +65,7 @@ def _store(path: Path) -> dict[str, Any]:
                 "curvature rows": sum(record.psi_rows for record in records.values()),
                 "refused": [f"{item}: {reason}" for item, reason in made.refused(family).items()],
             }
-    problems = [f"{problem.file}: {problem.found}" for problem in store.verify(made)]
+    problems = [f"{problem.file}: {problem.found}" for problem in verification.verify(made)]
     return {
         "kind": "store",
         "whole": not problems and not made.missing("loss"),

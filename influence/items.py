@@ -15,6 +15,7 @@ from pyarrow import parquet
 from influence import commit
 from influence.commit import Committed
 from influence.errors import StoreError
+from influence.exclusions import Exclusions
 
 ITEM_COLUMNS = ("item_id", "file_name", "caption", "creator", "licence")
 SCHEMA = pa.schema([*((name, pa.string()) for name in ITEM_COLUMNS), ("shard", pa.int64())])
@@ -98,7 +99,9 @@ def members(table: pa.Table) -> dict[int, list[str]]:
     return found
 
 
-def add(folder: Path, temporary: Path, files: pd.DataFrame, *, dim: int, curvature_rate: float) -> None:
+def add(
+    folder: Path, temporary: Path, files: pd.DataFrame, *, dim: int, curvature_rate: float, out: Exclusions
+) -> None:
     """Commit a new table, if these are other files than those of the latest.
 
     Args:
@@ -107,6 +110,7 @@ def add(folder: Path, temporary: Path, files: pd.DataFrame, *, dim: int, curvatu
         files: One row for each file, with `ITEM_COLUMNS`.
         dim: k; with the next, decides how many images a shard holds.
         curvature_rate: Curvature rows per image.
+        out: What is excluded: such images are not added, and may be missing.
 
     Raises:
         StoreError: Images of the latest table are missing, or a value cannot be stored.
@@ -115,23 +119,30 @@ def add(folder: Path, temporary: Path, files: pd.DataFrame, *, dim: int, curvatu
     while not added:  # if another builder added a table at this very moment, this one must be compared with it
         latest = numbers(folder)
         old = read(folder, latest[-1]) if latest else SCHEMA.empty_table()
-        table = _assign(folder.parent.name, old, files, dim, curvature_rate)
+        table = _assign(folder.parent.name, old, files, dim, curvature_rate, out)
         if latest and table.equals(old):
             return
         added = _commit(folder, temporary, table, latest[-1] + 1 if latest else 0)
 
 
-def _assign(store: str, old: pa.Table, files: pd.DataFrame, dim: int, curvature_rate: float) -> pa.Table:
+def _assign(
+    store: str, old: pa.Table, files: pd.DataFrame, dim: int, curvature_rate: float, out: Exclusions
+) -> pa.Table:
     """Give new images, sorted by id, new shards."""
+    known, before = _assigned(old), old.to_pandas()
+    files = files[~out.cover(files) | files["item_id"].isin(known)]
+    missing = before[~before["item_id"].isin(files["item_id"])]
+    lost = missing[~out.cover(missing)].drop_duplicates("item_id")
+    if len(lost):
+        raise StoreError(
+            f"store {store} holds {len(lost)} images that the data set has not, {lost['file_name'].min()} first; "
+            "put them back, exclude them, or build another --store"
+        )
+    if len(missing):  # excluded, and taken out of the data set since: the store still has their features
+        files = pd.concat([files, missing.drop(columns="shard")])
     if not len(files) or not all(isinstance(item_id, str) for item_id in files["item_id"]):
         raise StoreError("the table of images has no rows, or rows without item_id")
-    known, given = _assigned(old), set(files["item_id"])
-    gone = set(known) - given
-    if gone:
-        raise StoreError(
-            f"store {store} holds {len(gone)} images that the data set has not, {min(gone)} first; "
-            "put them back, or build another --store"
-        )
+    given = set(files["item_id"])
     new = sorted(given - set(known))
     per_shard = images_per_shard(len(new), dim, curvature_rate)
     first = max(known.values(), default=-1) + 1

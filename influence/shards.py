@@ -8,7 +8,7 @@ when it writes, so that a full disk is an ordinary error of an ordinary write an
 import re
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import h5py
@@ -194,6 +194,26 @@ def check_rows(name: str, content: ShardContent) -> None:
     inside = not len(item) or (item[0] >= 0 and item[-1] < len(content.item_ids) and draw.min() >= 0)
     if not inside or (np.diff(place) <= 0).any():
         raise StoreError(f"curvature rows of {name} are not of its images, one for each draw, in order")
+
+
+def without(content: ShardContent, excluded: set[str]) -> ShardContent:
+    """A shard without some of its images; itself if it has none of them."""
+    refused = {item_id: why for item_id, why in content.refused.items() if item_id not in excluded}
+    good = np.array([item_id not in excluded for item_id in content.item_ids], bool)
+    if good.all():
+        return replace(content, refused=refused)
+    keep = good[content.psi_item]
+    return ShardContent(
+        content.family,
+        content.shard,
+        [item_id for item_id in content.item_ids if item_id not in excluded],
+        phi=content.phi[good],
+        loss=content.loss[good],
+        psi=content.psi[keep],
+        psi_item=(np.cumsum(good) - 1)[content.psi_item[keep]].astype(np.int32),
+        psi_draw=content.psi_draw[keep],
+        refused=refused,
+    )
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

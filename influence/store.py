@@ -12,7 +12,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,37 +23,24 @@ import pyarrow as pa
 import safetensors.numpy
 import xxhash
 
-from influence import commit, shards
+from influence import commit, exclusions, shards
 from influence import items as tables
 from influence.commit import ADVICE
-from influence.errors import InfluenceError, StoreError
+from influence.errors import OptionError, StoreError
 from influence.items import ITEM_COLUMNS
-from influence.shards import FAMILIES, Record, ShardContent
+from influence.shards import Record, ShardContent
 from influence.spec import FeatureSpec, check_equal
 
-__all__ = ["ITEM_COLUMNS", "Problem", "Record", "ShardContent", "Store", "create", "open_store", "verify"]
+__all__ = ["ITEM_COLUMNS", "Record", "ShardContent", "Store", "create", "exclude", "open_store"]
 
 FORMAT = 1
 _KIND = "influence store"
-_FOLDERS = ("items", "shards", "derived", "tmp")
+_FOLDERS = ("items", "shards", "exclusions", "derived", "tmp")
 _STALE_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Something in a store that is not what it claims to be."""
-
-    file: str
-    """Path inside the store."""
-    found: str
-    family: str | None = None
-    shard: int | None = None
-    item_ids: tuple[str, ...] = ()
-    """Images whose features are affected, as far as the tables of images can be read."""
-
-
-@dataclass(frozen=True)
-class _Identity:
+class Identity:
     """What `store.json` says."""
 
     spec: FeatureSpec
@@ -76,8 +63,8 @@ def open_store(path: str | os.PathLike[str]) -> "Store":
     Raises:
         StoreError: There is none at this path, or its records are damaged.
     """
-    folder = _found(path)
-    identity = _read_identity(folder)
+    folder = found(path)
+    identity = read_identity(folder)
     numbers = tables.numbers(folder / "items")
     table = tables.read(folder / "items", numbers[-1]) if numbers else tables.SCHEMA.empty_table()
     return Store(folder, identity, table, numbers[-1] if numbers else -1)
@@ -104,7 +91,7 @@ def create(
 
     Raises:
         SpecMismatchError: The store was made with another spec or build.
-        StoreError: The folder is something else, or images of the store are missing from `items`.
+        StoreError: The folder is something else, or images of the store are missing from `items` and not excluded.
     """
     folder = Path(path)
     parts = {"spec": spec.to_json(), "build": dict(build), "source": dict(source)}
@@ -119,7 +106,7 @@ def create(
             (folder / name).mkdir(parents=True, exist_ok=True)
     if not os.path.lexists(final):
         commit.publish(folder / "tmp", final, wanted)
-    kept = _read_identity(folder)
+    kept = read_identity(folder)
     with commit.writing(folder):
         for name in _FOLDERS:
             (folder / name).mkdir(exist_ok=True)
@@ -130,30 +117,43 @@ def create(
     check_equal(absent | wanted["build"], absent | kept.build, **here, advice=advice)
     _sweep(folder / "tmp")
     rate = kept.build.get("curvature_rate", 0.0)
-    tables.add(folder / "items", folder / "tmp", items, dim=spec.dim, curvature_rate=rate)
+    out = exclusions.read(folder / "exclusions")
+    tables.add(folder / "items", folder / "tmp", items, dim=spec.dim, curvature_rate=rate, out=out)
     return open_store(folder)
 
 
 class Store:
     """One store folder, as it was when it was opened. Open it with `open_store`, make it with `create`."""
 
-    def __init__(self, path: Path, identity: _Identity, table: pa.Table, snapshot: int) -> None:
+    def __init__(self, path: Path, identity: Identity, table: pa.Table, snapshot: int) -> None:
         """Take over what was read; see `open_store`."""
         self.path = path
         self.spec = identity.spec
         self.build = identity.build
         self.source = identity.source
-        self.items: pd.DataFrame = table.to_pandas()
-        """One row for each file: `ITEM_COLUMNS` and `shard`."""
         self._identity = identity
         self._snapshot = snapshot
+        self._table = table.to_pandas()
         self._members = tables.members(table)
         self._trusted: set[tuple[Any, ...]] = set()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take over what has been excluded, or taken back, since the store was opened.
+
+        Raises:
+            StoreError: The records of exclusions are damaged.
+        """
+        self.exclusions = exclusions.read(self.path / "exclusions")
+        self.items: pd.DataFrame = self._table[~self.exclusions.cover(self._table)].reset_index(drop=True)
+        """One row for each file that is not excluded: `ITEM_COLUMNS` and `shard`."""
+        self.excluded: set[str] = set(self._table["item_id"]) - set(self.items["item_id"])
+        """Images of which every file is excluded."""
 
     # Images and shards ----------------------------------------------------------------------------------------------
 
     def shard_items(self, shard: int) -> list[str]:
-        """Ids of the images that belong to a shard, in order."""
+        """Ids of the images that belong to a shard, in order; those that are excluded as well."""
         return list(self._members.get(shard, []))
 
     def records(self, family: str = "loss") -> dict[int, Record]:
@@ -184,18 +184,29 @@ class Store:
         return not self.missing(family)
 
     def refused(self, family: str = "loss") -> dict[str, str]:
-        """Images without features, and why."""
-        return {item: why for _, record in sorted(self.records(family).items()) for item, why in record.refused.items()}
+        """Images without features, and why; none that are excluded."""
+        records = sorted(self.records(family).items())
+        refused = {item: why for _, record in records for item, why in record.refused.items()}
+        return {item: why for item, why in refused.items() if item not in self.excluded}
+
+    def num_rows(self, family: str = "loss") -> tuple[int, int]:
+        """How many images have features and are not excluded, and how many curvature rows they have."""
+        records = self.records(family)
+        if not any(item_id in self.excluded for shard in records for item_id in self._members[shard]):
+            return sum(r.rows for r in records.values()), sum(r.psi_rows for r in records.values())
+        counts = [(len(content.phi), len(content.psi)) for content in self.blocks(family)]
+        return sum(images for images, _ in counts), sum(rows for _, rows in counts)
 
     def family_hash(self, family: str = "loss") -> str:
-        """Hash of all that is committed of a family: the name of what is derived from it."""
+        """Hash of all that is committed of a family and not excluded: the name of what is derived from it."""
         lines = [f"{shard} {record.sha256}" for shard, record in sorted(self.records(family).items())]
+        lines += [f"without {item_id}" for item_id in sorted(self.excluded)]
         return hashlib.sha256("\n".join([self.spec.fingerprint, family, *lines]).encode()).hexdigest()
 
     # Reading --------------------------------------------------------------------------------------------------------
 
     def read(self, family: str, shard: int) -> ShardContent:
-        """One committed shard; its arrays are mapped from the file, read-only.
+        """One committed shard without excluded images; its arrays are mapped from the file, read-only.
 
         Raises:
             StoreError: The shard is absent or not what its record says.
@@ -207,7 +218,7 @@ class Store:
         return self._content(shards.read_record(path, self._identity.names))
 
     def blocks(self, family: str = "loss") -> Iterator[ShardContent]:
-        """All committed shards, by number."""
+        """All committed shards without excluded images, by number."""
         for _, record in sorted(self.records(family).items()):
             yield self._content(record)
 
@@ -218,7 +229,8 @@ class Store:
         if version not in self._trusted:
             commit.check_hash(folder, record)
             self._trusted.add(version)
-        return shards.read_content(folder, record, self.spec.dim, self.shard_items(record.shard))
+        content = shards.read_content(folder, record, self.spec.dim, self.shard_items(record.shard))
+        return shards.without(content, self.excluded)
 
     # Writing --------------------------------------------------------------------------------------------------------
 
@@ -279,14 +291,7 @@ class Store:
 
     def read_derived(self, name: str) -> dict[str, np.ndarray] | None:
         """What was derived before under this name, or `None`; a damaged file counts as absent, for it can be remade."""
-        path = self.derived(name)
-        try:
-            with safetensors.safe_open(path, framework="numpy") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-                digest = (file.metadata() or {}).get("xxh3_128")
-        except (OSError, ValueError, TypeError, safetensors.SafetensorError):
-            return None
-        return tensors if digest == _tensors_digest(tensors) else None
+        return read_tensors(self.derived(name))
 
     def write_derived(self, name: str, tensors: Mapping[str, np.ndarray]) -> bool:
         """Keep something that can be remade; whether it could be kept (a store may be read-only, a disk full)."""
@@ -302,71 +307,52 @@ class Store:
         return True
 
 
-# Verifying ----------------------------------------------------------------------------------------------------------
+# Excluding ----------------------------------------------------------------------------------------------------------
 
 
-def verify(
-    store: Store | str | os.PathLike[str], progress: Callable[[str, int, int], Any] | None = None
-) -> list[Problem]:
-    """Check every byte of a store: records, sizes, hashes, contents. An empty list says that all is as committed.
+def exclude(
+    path: str | os.PathLike[str], *, creator: str | None = None, item: str | None = None, undo: bool = False
+) -> bool:
+    """Take a creator's images, or one image, out of everything that a store is used for, or bring them back.
 
-    Shards that are not committed yet are no problem (see `Store.missing`), nor is a file that no record names.
+    Nothing is erased. Every command honours it at once, for images that are added later as well, and scores are those
+    of a store without these images.
 
     Args:
-        store: A store, or its folder; the folder is read anew in any case, and may be too damaged to be opened.
-        progress: Called with `verifying`, the number of records done, and of all.
+        path: The store's folder.
+        creator: Name of a creator, as in the store's table.
+        item: Id of an image; or this.
+        undo: Bring back what was excluded in the same words.
+
+    Returns:
+        Whether anything changed.
 
     Raises:
-        StoreError: There is no store at this path.
+        StoreError: The store has no such creator or image, or did not exclude it.
     """
-    folder = store.path if isinstance(store, Store) else _found(store)
-    problems: list[Problem] = []
-
-    @contextlib.contextmanager
-    def noting(path: Path, **affected: Any) -> Iterator[None]:
-        try:
-            yield
-        except (InfluenceError, OSError) as error:
-            problems.append(Problem(path.relative_to(folder).as_posix(), str(error), **affected))
-
-    identity = None
-    with noting(folder / "store.json"):
-        identity = _read_identity(folder)
-    members: dict[int, list[str]] = {}
-    whole = True
-    for number in range(max(tables.numbers(folder / "items"), default=-1) + 1):
-        whole = False
-        with noting(tables.record_path(folder / "items", number)):
-            later = tables.members(tables.read(folder / "items", number))
-            changed = [shard for shard in members if later.get(shard) != members[shard]]
-            members = later
-            whole = True
-            if changed:
-                raise StoreError(f"images of shard {changed[0]} are not those of the table before")
-    paths = []
-    for family in FAMILIES:
-        with noting(folder / "shards"):
-            paths += [(family, *pair) for pair in shards.record_paths(folder / "shards", family).items()]
-    for done, (family, shard, path) in enumerate(paths):
-        if progress is not None:
-            progress("verifying", done, len(paths))
-        ids = members.get(shard, [])
-        with noting(path, family=family, shard=shard, item_ids=tuple(ids)):
-            record = shards.read_record(path, {} if identity is None else identity.names)
-            commit.check_size(path.parent, record)
-            commit.check_hash(path.parent, record, thorough=True)
-            if identity is not None:
-                content = shards.read_content(path.parent, record, identity.spec.dim, ids if whole else None)
-                shards.check_finite(record.file, content)
-    if progress is not None:
-        progress("verifying", len(paths), len(paths))
-    return problems
+    store = open_store(path)
+    if (creator is None) == (item is None):
+        raise OptionError("exclude takes one of creator and item")
+    kind, name = ("item", item) if creator is None else ("creator", creator)
+    column = "item_id" if kind == "item" else "creator"
+    if undo and name not in (store.exclusions.items if kind == "item" else store.exclusions.creators):
+        raise StoreError(
+            f"store {store.path.name} does not exclude {kind} {name!r}; influence inspect says what it does"
+        )
+    if not undo and name not in set(store._table[column]):
+        raise StoreError(f"store {store.path.name} has no {kind} {name!r}; expected one as in the table of attribute")
+    return exclusions.add(store.path / "exclusions", store.path / "tmp", kind, str(name), excluded=not undo)
 
 
 # Identity -----------------------------------------------------------------------------------------------------------
 
 
-def _found(path: str | os.PathLike[str]) -> Path:
+def found(path: str | os.PathLike[str]) -> Path:
+    """The folder of a store.
+
+    Raises:
+        StoreError: There is none at this path.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise StoreError(f"there is no store at {folder}; make one with influence build")
@@ -385,8 +371,12 @@ def _refuse_foreign(folder: Path) -> None:
         )
 
 
-def _read_identity(folder: Path) -> _Identity:
-    """Read `store.json`, and see that the folders beside it are folders."""
+def read_identity(folder: Path) -> Identity:
+    """Read `store.json`, and see that the folders beside it are folders.
+
+    Raises:
+        StoreError: It is damaged, or of another version, or a folder leads out of the store.
+    """
     path = folder / "store.json"
     record = commit.unsealed(path)
     if record.get("format") != FORMAT or record.get("kind") != _KIND:
@@ -402,10 +392,21 @@ def _read_identity(folder: Path) -> _Identity:
         inside = folder / name
         if inside.is_symlink() or (inside.exists() and not inside.is_dir()):
             raise StoreError(f"{inside} is a link or a file; expected a folder inside the store")
-    return _Identity(spec, parts[1], parts[2])
+    return Identity(spec, parts[1], parts[2])
 
 
 # Odds ---------------------------------------------------------------------------------------------------------------
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray] | None:
+    """What a derived file holds, or `None` if it is not what was written."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+            digest = (file.metadata() or {}).get("xxh3_128")
+    except (OSError, ValueError, TypeError, safetensors.SafetensorError):
+        return None
+    return tensors if digest == _tensors_digest(tensors) else None
 
 
 def _tensors_digest(tensors: Mapping[str, np.ndarray]) -> str:

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import independent_reader  # noqa: E402
 import stores  # noqa: E402
 
-from influence import commit, store  # noqa: E402
+from influence import commit, store, verification  # noqa: E402
 from influence.errors import InfluenceError, SpecMismatchError, StoreError  # noqa: E402
 
 COUNT = 12  # two shards
@@ -68,7 +68,7 @@ def kill_at(path, number):
 def survivors(path):
     """What a killed builder left: nothing wrong, and no values but the right ones. Then resume."""
     if (path / "store.json").exists():
-        assert store.verify(path) == []
+        assert verification.verify(path) == []
         left = store.open_store(path)
         if len(left.items):
             for content in left.blocks():
@@ -76,7 +76,7 @@ def survivors(path):
                 found = independent_reader.read(path / "shards" / left.records()[content.shard].file)
                 assert content.phi.tobytes() == wanted.phi.tobytes() == found["phi"].tobytes()
     build(path)
-    assert store.verify(path) == []
+    assert verification.verify(path) == []
 
 
 def same(path, whole):
@@ -120,7 +120,7 @@ def random_kills(folder):
                 os.kill(pid, signal.SIGKILL)
             killed += sum(outcome(pid) == -signal.SIGKILL for pid in pids)
             if (path / "store.json").exists():
-                assert store.verify(path) == []
+                assert verification.verify(path) == []
         pid = forked(lambda: build(path, count))  # noqa: B023
         results.append(outcome(pid) == 0 and same(path, whole))
     return {"killed": killed, "same": results}
@@ -138,7 +138,7 @@ def races(folder):
             build(path)
 
         results.append([outcome(pid) for pid in [forked(work) for _ in range(3)]] + [same(path, whole)])
-        results[-1].append(store.verify(path) == [] and not list((path / "tmp").iterdir()))
+        results[-1].append(verification.verify(path) == [] and not list((path / "tmp").iterdir()))
     return results
 
 
@@ -178,7 +178,10 @@ def growth(folder):
 
         codes = [outcome(pid) for pid in [forked(lambda: work(20)), forked(lambda: work(30))]]
         results.append(
-            codes[0] in (0, 7) and codes[1] == 0 and store.verify(path) == [] and store.open_store(path).complete()
+            codes[0] in (0, 7)
+            and codes[1] == 0
+            and verification.verify(path) == []
+            and store.open_store(path).complete()
         )
     return results
 

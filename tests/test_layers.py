@@ -12,10 +12,11 @@ LAYERS = [
     ["spec", "diffusion", "projection", "curvature"],
     ["gradients", "scoring"],
     ["features", "commit"],
-    ["datasets", "models", "shards", "items", "training"],
+    ["datasets", "models", "shards", "exclusions", "training"],
+    ["items"],
     ["store", "executors", "typefaces"],
-    ["inspection", "figure", "pipeline"],
-    ["attribution"],
+    ["verification", "figure", "pipeline"],
+    ["inspection", "attribution", "repair"],
     ["demo"],
 ]
 MIDDLE = {"spec", "diffusion", "projection", "curvature", "gradients", "scoring", "features"}

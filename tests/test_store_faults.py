@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from stores import files, fill, filled, make
 
-from influence import commit, store
+from influence import commit, verification
 from influence.errors import InfluenceError, StoreError
 
 
@@ -121,7 +121,7 @@ def test_whichever_system_call_fails_the_error_is_typed_and_the_build_goes_on_la
         if faults.seen < number:
             break
         if (path / "store.json").exists():
-            assert store.verify(path) == []
+            assert verification.verify(path) == []
         filled(path, 4)
         found = files(path)
         assert {name: found.get(name) for name in whole} == whole
