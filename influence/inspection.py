@@ -55,17 +55,18 @@ def _folder(path: Path) -> dict[str, Any]:
 
 def _store(path: Path) -> dict[str, Any]:
     made = store.open_store(path)
+    problems = [f"{problem.file}: {problem.found}" for problem in verification.verify(made)]
     families: dict[str, Any] = {}
     for family in ("loss", "square"):
         records = made.records(family)
         if records or family == "loss":
+            images, rows = made.num_rows(family)
             families[family] = {
                 "shards": f"{len(records)} of {len(records) + len(made.missing(family))}",
-                "images": sum(record.rows for record in records.values()),
-                "curvature rows": sum(record.psi_rows for record in records.values()),
+                "images": images,
+                "curvature rows": rows,
                 "refused": [f"{item}: {reason}" for item, reason in made.refused(family).items()],
             }
-    problems = [f"{problem.file}: {problem.found}" for problem in verification.verify(made)]
     return {
         "kind": "store",
         "whole": not problems and not made.missing("loss"),
@@ -74,6 +75,11 @@ def _store(path: Path) -> dict[str, Any]:
         "build": made.build,
         "source": made.source,
         "features": families,
+        "excluded": {
+            "creators": sorted(made.exclusions.creators),
+            "items": sorted(made.exclusions.items),
+            "images": len(made.excluded),
+        },
         "problems": problems,
     }
 
