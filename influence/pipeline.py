@@ -368,8 +368,11 @@ def run_shards(
         prepare = functools.partial(_prepare_worker, made.path, family, options, data)
         executors.run_processes(prepare, todo, workers, done)
     refused = made.refused(family)
+    names = made.items.drop_duplicates("item_id").set_index("item_id")["file_name"]
     for item_id, reason in refused.items():
-        message(f"refused {item_id}: {reason}")
+        message(f"refused {names[item_id]} ({item_id}): {reason}")
+    if refused:
+        message(f"{len(refused)} images have no features, {made.num_rows(family)[0]} have")
 
 
 def _prepare_worker(
