@@ -84,6 +84,21 @@ def writing(final: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the system says into an error that names what could not be read.
+
+    Raises:
+        StoreError: The disk fails, or may not be read from.
+    """
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read ({error.strerror}); see to its permissions or the disk") from error
+
+
+@contextlib.contextmanager
 def aside(folder: Path) -> Iterator[Path]:
     """Give a path of its own in a folder for temporary files; what is left there afterwards is removed."""
     folder.mkdir(exist_ok=True)
@@ -213,12 +228,11 @@ def names(folder: Path) -> list[str]:
     Raises:
         StoreError: It cannot be read: what is in it must not count as absent.
     """
-    try:
-        return sorted(os.listdir(folder))  # noqa: PTH208 - names are wanted
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise StoreError(f"{folder} cannot be read ({error.strerror}); see to its permissions or the disk") from None
+    with reading(folder):
+        try:
+            return sorted(os.listdir(folder))  # noqa: PTH208 - names are wanted
+        except FileNotFoundError:
+            return []
 
 
 def digest(path: Path) -> tuple[int, str, str]:

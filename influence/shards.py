@@ -275,23 +275,28 @@ def read(path: Path, expected: Layout) -> dict[str, np.ndarray]:
     Raises:
         StoreError: The file holds anything else than what is expected, or holds it in another way.
     """
-    total, length = size(expected), path.stat().st_size
-    if not total <= length <= total + _OVERHEAD:
-        raise StoreError(f"{path.name} is {length} bytes; its datasets are {total}")
+    total = size(expected)
     try:
+        length = path.stat().st_size
+        if not total <= length <= total + _OVERHEAD:
+            raise StoreError(f"{path.name} is {length} bytes; its datasets are {total}")
         with h5py.File(path, "r", locking=False) as file:
             offsets = _offsets(file, path.name, length, expected)
+        return {
+            name: _empty(shape, dtype)
+            if offsets[name] is None
+            else np.memmap(path, dtype=dtype, mode="r", offset=offsets[name], shape=shape)
+            for name, (shape, dtype) in expected.items()
+        }
     except StoreError:
         raise
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path.name} is not a readable HDF5 file: {str(error).splitlines()[0]}") from None
-    found = {}
-    for name, (shape, dtype) in expected.items():
-        if offsets[name] is None:
-            found[name] = np.empty(shape, dtype)
-            found[name].flags.writeable = False
-        else:
-            found[name] = np.memmap(path, dtype=dtype, mode="r", offset=offsets[name], shape=shape)
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    found = np.empty(shape, dtype)
+    found.flags.writeable = False
     return found
 
 

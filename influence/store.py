@@ -63,8 +63,9 @@ def open_store(path: str | os.PathLike[str]) -> "Store":
     Raises:
         StoreError: There is none at this path, or its records are damaged.
     """
-    folder = found(path)
-    identity = read_identity(folder)
+    with commit.reading(Path(path)):
+        folder = found(path)
+        identity = read_identity(folder)
     numbers = tables.numbers(folder / "items")
     table = tables.read(folder / "items", numbers[-1]) if numbers else tables.SCHEMA.empty_table()
     return Store(folder, identity, table, numbers[-1] if numbers else -1)

@@ -5,7 +5,7 @@
 Each input is opened, read and verified in a process of its own that may use little memory and little time. Whatever
 comes of it must be the values that were written, or other finite values of the right shape that a record vouches for,
 or one error of the package on one line. A crash, another error, or too much time or memory is a finding: the input is
-kept and the exit status is 1. A run is a function of `--seed` and the number of inputs.
+kept and the exit status is 1. An input is a function of `--seed` and its number.
 """
 
 import argparse
@@ -132,32 +132,44 @@ def _read(path):
         made.missing(family)
         for content in made.blocks(family):
             n, rows, k = len(content.item_ids), len(content.psi), made.spec.dim
-            assert sorted([*content.item_ids, *content.refused]) == made.shard_items(content.shard)
+            assert {*content.item_ids, *content.refused} == set(made.shard_items(content.shard)) - made.excluded
             assert content.phi.shape == (n, k) and content.psi.shape == (rows, k)
             float(content.phi.sum()) + float(content.psi.sum()) + float(content.loss.sum())  # every page is there
             assert all(0 <= i < n for i in content.psi_item.tolist())
 
 
-def run(path):
-    """Try one input in a process of its own; what is wrong with it, or `None`."""
+def attempt(whole, folder, seed, number):
+    """Damage a copy of a store, and try it; what was damaged."""
+    shutil.rmtree(folder / "s", ignore_errors=True)
+    shutil.copytree(whole, folder / "s")
+    what = damage(folder / "s", random.Random(f"{seed} {number}"))
+    (folder / "at").write_text(f"{number}\n{what}", encoding="utf-8")
+    signal.alarm(SECONDS)
+    _try(folder / "s")
+    signal.alarm(0)
+
+
+def run(whole, folder, seed, numbers):
+    """Try inputs in a process of its own until one does harm: that number, what was damaged, what came of it."""
     pid = os.fork()
     if not pid:
         code = 9
         try:
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-            resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            signal.alarm(2 * SECONDS)
-            _try(path)
+            for number in numbers:
+                attempt(whole, folder, seed, number)
             code = 0
         except BaseException as error:
-            (path.parent / "found").write_text(repr(error)[:2000], encoding="utf-8")
+            (folder / "found").write_text(repr(error)[:2000], encoding="utf-8")
         finally:
             os._exit(code)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if status == 0:
         return None
-    return (path.parent / "found").read_text() if status == 9 else f"killed by {signal.Signals(-status).name}"
+    number, what = (folder / "at").read_text(encoding="utf-8").split("\n", 1)
+    killed = f"killed by {signal.Signals(-status).name}" if status < 0 else (folder / "found").read_text()
+    return int(number), what, killed
 
 
 def fuzz(*, seed, count=None, minutes=None, keep=None):
@@ -166,33 +178,34 @@ def fuzz(*, seed, count=None, minutes=None, keep=None):
     Returns:
         How many, and what was found: number of the input, what was damaged, what came of it.
     """
-    draw, findings, number = random.Random(seed), [], 0
+    findings, number = [], 0
     end = time.monotonic() + (60 * minutes if minutes is not None else 10**9)
-    with tempfile.TemporaryDirectory() as folder:
-        whole = Path(folder) / "whole"
-        made = stores.fill(stores.make(whole, 9))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        made = stores.fill(stores.make(folder / "whole", 5))
         stores.fill(made, "square")
+        store.exclude(folder / "whole", creator="creator 1")
         while time.monotonic() < end and (count is None or number < count):
-            path = Path(folder) / "s"
-            shutil.copytree(whole, path)
-            what = damage(path, draw)
-            found = run(path)
+            after = number + min(50, (count or 10**9) - number)
+            found = run(folder / "whole", folder, seed, range(number, after))
+            number = after
             if found is not None:
-                findings.append((number, what, found))
+                number = found[0] + 1
+                findings.append(found)
                 if keep is not None:
-                    shutil.copytree(path, keep / f"input-{number}")
-            shutil.rmtree(path)
-            number += 1
+                    shutil.copytree(folder / "s", keep / f"input-{found[0]}", dirs_exist_ok=True)
     return number, findings
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--count", type=int, help="inputs, whatever time they take")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, default=Path("fuzz-findings"), help="where inputs that did harm are kept")
     options = parser.parse_args()
-    number, findings = fuzz(seed=options.seed, minutes=options.minutes, keep=options.keep)
+    minutes = options.minutes if options.count is None else None
+    number, findings = fuzz(seed=options.seed, count=options.count, minutes=minutes, keep=options.keep)
     print(json.dumps({"inputs": number, "seed": options.seed, "findings": findings}, indent=1))
     sys.exit(bool(findings))
 

@@ -82,7 +82,7 @@ def random_kills(folder, builders, kills, seed=0):
         path, kept = folder / f"{result['stores']}.store", Kept()
         for _ in range(12):
             start = lambda: store_worker.forked(lambda: store_worker.build(path, COUNT))  # noqa: B023, E731
-            result["kills"] += kill_all(start, builders, draw, 0.06)
+            result["kills"] += kill_all(start, builders, draw, 0.08 * builders)
             kept.look(path, fake)
         end = [store_worker.forked(lambda: store_worker.build(path, COUNT)) for _ in range(builders)]  # noqa: B023
         result["unfinished"] += sum(store_worker.outcome(pid) != 0 for pid in end)

@@ -8,6 +8,7 @@ import os
 import random
 import resource
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -201,6 +202,38 @@ def file_limit(folder):
     left = len(list((folder / "s" / "tmp").iterdir()))
     again = outcome(forked(lambda: build(folder / "s", spec=stores.with_spec(dim=4096))))
     return {"code": code, "error": (folder / "error").read_text(), "left": left, "again": again}
+
+
+def full_disk(folder):
+    """A small file system of its own (the caller mounts it), which is full after a shard or two, and is made larger."""
+    wide = stores.with_spec(dim=4096)
+
+    def work():
+        try:
+            build(folder / "s", 40, spec=wide)
+        except InfluenceError as error:
+            sys.stdout.write(str(error))
+            sys.stdout.flush()
+            return 7
+
+    read, write = os.pipe()
+
+    def told():
+        os.dup2(write, 1)
+        return work()
+
+    code = outcome(forked(told))
+    os.close(write)
+    error = os.fdopen(read).read()
+    made = store.open_store(folder / "s")
+    left, problems = len(made.records()), len(verification.verify(folder / "s"))
+    garbage = len(list((folder / "s" / "tmp").iterdir()))
+    subprocess.run(["mount", "-o", "remount,size=64m", folder], check=True)
+    again = outcome(forked(lambda: build(folder / "s", 40, spec=wide)))
+    return {
+        "code": code, "error": error, "left": left, "problems": problems, "garbage": garbage, "again": again,
+        "whole": store.open_store(folder / "s").complete() and verification.verify(folder / "s") == [],
+    }  # fmt: skip
 
 
 def imports(folder):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from stores import files, fill, filled, make
 
-from influence import commit, verification
+from influence import commit, store, verification
 from influence.errors import InfluenceError, StoreError
 
 
@@ -68,6 +69,20 @@ def test_a_file_that_may_not_grow_is_a_clear_error_and_the_build_goes_on_later(t
     assert "could not be written (File too large)" in result["error"]
 
 
+def test_a_disk_that_is_full_is_a_clear_error_and_the_build_goes_on_when_there_is_room(tmp_path):
+    mounted = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=1m none "$0" && exec "$@"', tmp_path]
+    if not shutil.which("unshare") or subprocess.run([*mounted, "true"], capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    parts = [sys.executable, Path(__file__).parent / "store_worker.py", "full_disk", tmp_path]
+    run = subprocess.run([*mounted, *parts], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert result["code"] == 7 and "could not be written (No space left on device); see to the disk" in result["error"]
+    assert len(result["error"].splitlines()) == 1
+    assert 1 <= result["left"] <= 2 and result["problems"] == 0 and result["garbage"] == 0
+    assert result["again"] == 0 and result["whole"]
+
+
 def test_builders_need_no_torch(tmp_path):
     assert worker("imports", tmp_path) is False
 
@@ -82,9 +97,9 @@ CALLS = ("open", "write", "fsync", "link", "replace", "unlink", "mkdir")
 class Faults:
     """Counts the system calls that change something, and fails one of them."""
 
-    def __init__(self, monkeypatch, number, code, once=True):
+    def __init__(self, monkeypatch, number, code, once=True, calls=CALLS):
         self.seen, self.number, self.code, self.once = 0, number, code, once
-        for name in CALLS:
+        for name in calls:
             monkeypatch.setattr(os, name, self.wrapped(getattr(os, name)))
 
     def wrapped(self, call):
@@ -174,3 +189,58 @@ def test_a_folder_that_cannot_be_synced_is_tolerated_and_a_file_is_not(tmp_path,
     monkeypatch.setattr(os, "fsync", failing)
     with pytest.raises(StoreError, match="could not be written"):
         make(tmp_path / "t")
+
+
+def test_data_are_on_the_disk_before_their_name_and_their_name_before_the_record(tmp_path, monkeypatch):
+    made, calls = make(tmp_path / "s", 4), []
+
+    def name(path):
+        path = Path(path)
+        return f"{path.parent.name}/{path.suffix or '*'}" if path.is_file() else path.name
+
+    def fsync(fd, call=os.fsync):
+        calls.append(("fsync", name(Path(f"/proc/self/fd/{fd}").readlink())))
+        call(fd)
+
+    def renamed(kind, call):
+        def logged(source, target, **options):
+            calls.append((kind, name(source), Path(target).parent.name + "/" + Path(target).suffix))
+            return call(source, target, **options)
+
+        return logged
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", renamed("replace", os.replace))
+    monkeypatch.setattr(os, "link", renamed("link", os.link))
+    fill(made)
+    assert calls == [
+        ("fsync", "tmp/*"), ("replace", "tmp/*", "shards/.h5"), ("fsync", "shards"),
+        ("fsync", "tmp/*"), ("link", "tmp/*", "shards/.json"), ("fsync", "shards"),
+    ]  # fmt: skip
+
+
+READS = ("open", "read", "listdir", "lstat", "stat", "fstat")
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_whichever_call_fails_while_a_store_is_read_the_error_is_typed_and_no_value_is_wrong(
+    tmp_path, monkeypatch, code
+):
+    path, failed = filled(tmp_path / "s", 12).path, 0
+
+    def read():
+        made = store.open_store(path)
+        return [made.missing(), *((c.item_ids, c.phi.tobytes(), c.psi.tobytes()) for c in made.blocks())]
+
+    whole = read()
+    for number in range(1, 400):
+        with monkeypatch.context() as patch:
+            faults = Faults(patch, number, code, calls=READS)
+            try:
+                assert read() == whole
+            except InfluenceError as error:
+                failed += 1
+                assert os.strerror(code) in str(error) or "there is no store" in str(error) or "not a" in str(error)
+        if faults.seen < number:
+            break
+    assert faults.seen < number and failed > 20
