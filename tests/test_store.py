@@ -989,3 +989,37 @@ def test_what_cannot_be_kept_is_no_error(tmp_path, monkeypatch):
     (tmp_path / "s" / "derived").write_bytes(b"")
     assert made.write_derived("x.safetensors", {"a": np.arange(4.0)}) is False
     assert made.read_derived("x.safetensors") is None
+
+
+# Identity, field by field -------------------------------------------------------------------------------------------
+
+OTHER = {
+    "model": "e" * 64, "encoders": "e" * 64, "lora": "e" * 64, "parameters": "e" * 64, "prediction": "sample",
+    "weighting": "snr", "schedule": "e" * 64, "sample_shape": (1, 8, 8), "conditional": True,
+    "projection": "rademacher", "dim": 7, "seed": 1, "dtype": "bf16", "output": "square", "format": 2,
+}  # fmt: skip
+
+
+def test_another_value_is_known_for_every_field():
+    assert OTHER.keys() == vars(SPEC).keys()
+
+
+@pytest.mark.parametrize("field", OTHER)
+def test_a_store_of_another_value_of_any_field_is_refused_by_its_name_and_left_alone(tmp_path, field):
+    made = filled(tmp_path / "s", 8)
+    before = files(tmp_path / "s")
+    with pytest.raises(SpecMismatchError, match=rf"this build does not fit: {field} is .*, store s has .*Use the same"):
+        make(tmp_path / "s", 8, spec=with_spec(**{field: OTHER[field]}))
+    assert files(tmp_path / "s") == before
+    assert with_spec(**{field: OTHER[field]}).fingerprint != made.spec.fingerprint
+
+
+def test_control_characters_in_names_of_datasets_are_not_repeated(tmp_path):
+    filled(tmp_path / "s", 2)
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        for name, array in shards.arrays(content_of(store.open_store(tmp_path / "s"), 0)).items():
+            plain(file, {"loss": "lo\r\n\x1b[31mss"}.get(name, name), array)
+    with_record(tmp_path / "s", (tmp_path / "x.h5").read_bytes())
+    with pytest.raises(StoreError, match="holds item_id, lo") as caught:
+        read_everything(tmp_path / "s")
+    assert str(caught.value).isprintable()
