@@ -24,7 +24,7 @@ import stores
 
 from influence import shards, store, verification
 
-COUNT = 160  # images: 20 shards
+COUNT = 80  # images: 10 shards
 
 
 class Kept:
@@ -67,7 +67,9 @@ def kill_all(start, builders, draw, longest):
 
 def random_kills(folder, builders, kills, seed=0):
     """Kill builders of made-up features so many times; they start a new store when theirs is complete."""
+    begin = time.monotonic()
     whole, draw = store_worker.peaceful(folder, count=COUNT), random.Random(seed)
+    longest = builders * (time.monotonic() - begin)
     result = {
         "builders": builders,
         "kills": 0,
@@ -82,8 +84,10 @@ def random_kills(folder, builders, kills, seed=0):
         path, kept = folder / f"{result['stores']}.store", Kept()
         for _ in range(12):
             start = lambda: store_worker.forked(lambda: store_worker.build(path, COUNT))  # noqa: B023, E731
-            result["kills"] += kill_all(start, builders, draw, 0.08 * builders)
+            result["kills"] += kill_all(start, builders, draw, longest)
             kept.look(path, fake)
+            if len(kept.records) == COUNT // 8:
+                break
         end = [store_worker.forked(lambda: store_worker.build(path, COUNT)) for _ in range(builders)]  # noqa: B023
         result["unfinished"] += sum(store_worker.outcome(pid) != 0 for pid in end)
         kept.look(path, fake)
