@@ -73,6 +73,8 @@ def attribute(
     """
     made = store if isinstance(store, Store) else _open(store)
     made.refresh()
+    if made.excluded:
+        message(f"{len(made.excluded)} images of store {made.path.name} are excluded")
     if method not in METHODS:
         raise OptionError(f"method {method!r} is unknown; expected one of {', '.join(METHODS)}")
     if k is not None and k < 1:

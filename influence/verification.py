@@ -99,7 +99,9 @@ def verify(
 
 
 def drop(folder: Path, problems: Iterable[Problem]) -> None:
-    """Remove shards and derived files that have a problem; the record first, so that no reader trusts the rest.
+    """Remove shards and derived files that have a problem.
+
+    The file goes first: while its record stands no other builder takes the shard up, and no reader gets a value.
 
     Raises:
         StoreError: Something cannot be removed.
@@ -107,8 +109,8 @@ def drop(folder: Path, problems: Iterable[Problem]) -> None:
     for problem in problems:
         path = folder / problem.file
         with commit.writing(path):
+            if problem.family is not None:
+                for file in path.parent.glob(f"{path.stem}-*.h5"):
+                    file.unlink()
             path.unlink()
             commit.sync(path.parent)
-        if problem.family is not None:
-            for file in path.parent.glob(f"{path.stem}-*.h5"):
-                commit.drop(file)

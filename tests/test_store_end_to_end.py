@@ -52,7 +52,9 @@ def test_a_store_that_is_open_honours_an_exclusion_at_once(world, tmp_path):
     store = influence.open_store(copy(world, tmp_path))
     assert len(scores(world, store, "gauss-newton")[0]) == 24
     influence.exclude(store.path, creator="creator 1")
-    assert len(scores(world, store, "gauss-newton")[0]) == 16
+    said = []
+    assert len(scores(world, store, "gauss-newton", message=said.append)[0]) == 16
+    assert "4 images of store s are excluded" in said
     facts = influence.inspect(store.path)
     assert facts["whole"] and facts["features"]["loss"]["images"] == 8
     assert facts["excluded"] == {"creators": ["creator 1"], "items": [], "images": 4}
