@@ -1,8 +1,11 @@
 """Click commands: parse, call one public function, print. Results go to stdout, progress and remarks to stderr."""
 
 import json
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +29,40 @@ class Group(click.Group):
         """Run a command.
 
         Raises:
-            ClickException: The library refused something; exit code 1.
+            ClickException: The library refused something, exit code 1; or the program was told to stop, 128 + signal.
         """
         try:
-            return super().invoke(ctx)
+            with _stoppable():
+                return super().invoke(ctx)
         except influence.InfluenceError as error:
             raise click.ClickException(clean(str(error))) from error
+        except _Stopped as stopped:
+            name = signal.Signals(stopped.args[0]).name
+            error = click.ClickException(f"stopped by {name}; what was committed is kept: run the same command again")
+            error.exit_code = 128 + stopped.args[0]
+            raise error from None
+
+
+class _Stopped(BaseException):
+    """A signal to stop has come; its number. Not an Exception: nothing on the way may take it for a failure."""
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Make Ctrl-C and SIGTERM an exception, so that everything that is open is closed and temporary files removed."""
+
+    def stop(number: int, _: Any) -> None:
+        raise _Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 _compute = options_of(
@@ -91,9 +122,9 @@ def build(dataset: Path, store: Path | None, plan: bool, workers: int, **options
         raise click.UsageError("Missing option '--store': the folder to write to.")
     with progress() as show:
         made = influence.build(dataset, store=store, workers=workers, progress=show, message=say, **options)
-    rows = sum(record.rows for record in made.records().values())
-    psi_rows = sum(record.psi_rows for record in made.records().values())
-    click.echo(f"{store}: {rows} images, {psi_rows} curvature rows, {len(made.refused())} refused")
+    rows, psi_rows = made.num_rows()
+    left_out = f", {len(made.excluded)} excluded" if made.excluded else ""
+    click.echo(f"{store}: {rows} images, {psi_rows} curvature rows, {len(made.refused())} refused{left_out}")
 
 
 def _quantity(name: str, value: Any) -> str:
@@ -225,6 +256,62 @@ def _print_facts(facts: dict[str, Any], indent: int = 0) -> None:
                 click.echo(f"{'  ' * indent}{clean(name)}: {clean(str(entry))}")
         else:
             click.echo(f"{'  ' * indent}{clean(name)}: {clean(str(value))}")
+
+
+@cli.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--repair", is_flag=True, help="Drop the shards that are damaged, and build those again.")
+@click.option("--dataset", type=click.Path(path_type=Path), help="Where the data set is now, if it was moved.")
+@click.option("--model", type=click.Path(path_type=Path), help="Where the model is now, if it was moved.")
+@click.option("--lora", type=click.Path(path_type=Path), help="Where the LoRA is now, if it was moved.")
+@_compute
+def verify(store: Path, repair: bool, **options: Any) -> None:
+    """Check every byte of STORE, and say which shards and which images are affected by what is wrong.
+
+    \b
+    Example:
+      influence verify my.store --repair
+    """  # noqa: D301
+    with progress() as show:
+        if repair:
+            problems = influence.repair(store, progress=show, message=say, **options)
+        else:
+            problems = influence.verify(store, show)
+    for problem in problems:
+        click.echo(clean(f"{problem.file}: {problem.found}"))
+        for name in problem.file_names:
+            click.echo(clean(f"  affects {name}"))
+    images = len({item_id for problem in problems for item_id in problem.item_ids})
+    if problems and not repair:
+        advice = "influence verify --repair builds again what can be"
+        raise click.ClickException(f"{store}: {len(problems)} problems, {images} images affected; {advice}")
+    missing = len(influence.open_store(store).missing())
+    click.echo(
+        f"{store}: every byte is as it was committed"
+        + (f"; {len(problems)} problems repaired, {images} images built again" if problems else "")
+        + (f"; {missing} shards are not built yet: run the same influence build to go on" if missing else "")
+    )
+
+
+@cli.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--creator", help="All images of this creator, also those added later.")
+@click.option("--item", help="One image, by its id; influence attribute tells it.")
+@click.option("--undo", is_flag=True, help="Bring back what was excluded.")
+def exclude(store: Path, creator: str | None, item: str | None, undo: bool) -> None:
+    """Leave images out of everything that STORE is used for, at once; nothing is erased, and it can be undone.
+
+    \b
+    Example:
+      influence exclude my.store --creator "Ann Other"
+    """  # noqa: D301
+    if (creator is None) == (item is None):
+        raise click.UsageError("Give one of --creator and --item.")
+    changed = influence.exclude(store, creator=creator, item=item, undo=undo)
+    made = influence.open_store(store)
+    state = "included again" if undo else "excluded" if changed else "already excluded"
+    images = made.items["item_id"].nunique()
+    click.echo(clean(f"{store}: {creator or item} {state}; {images} images left, {len(made.excluded)} excluded"))
 
 
 @cli.command()

@@ -24,10 +24,12 @@ from influence.gradients import ENGINES
 from influence.inspection import inspect
 from influence.pipeline import DEFAULT_BATCH, build, plan
 from influence.projection import PROJECTIONS
+from influence.repair import repair
 from influence.retraining import Query, Run, Truth
 from influence.scoring import METHODS
 from influence.spec import FeatureSpec
-from influence.store import Store, open_store
+from influence.store import Store, exclude, open_store
+from influence.verification import Problem, verify
 
 __all__ = [  # noqa: RUF022 - grouped by what they are
     # the verbs
@@ -38,14 +40,18 @@ __all__ = [  # noqa: RUF022 - grouped by what they are
     "evaluate_deletion",
     "evaluate_lds",
     "evaluate_shapley",
+    "exclude",
     "inspect",
     "open_store",
     "plan",
+    "repair",
     "score_matrix",
     "truth_of",
+    "verify",
     # records
     "FeatureSpec",
     "FineTune",
+    "Problem",
     "Query",
     "Run",
     "Store",

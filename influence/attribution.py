@@ -10,16 +10,15 @@ import pandas as pd
 import torch
 
 from influence import curvature as curvatures
-from influence import datasets, scoring, spec, store
+from influence import datasets, scoring, store
 from influence.curvature import Curvature
 from influence.errors import GradientError, OptionError, StoreError
 from influence.pipeline import (
     DEFAULT_BATCH,
-    BuildOptions,
     Loaded,
     Message,
     Progress,
-    load,
+    load_for,
     read,
     run_shards,
     silent,
@@ -73,6 +72,9 @@ def attribute(
         InfluenceError: An input cannot be used, or the model is not the one of the store.
     """
     made = store if isinstance(store, Store) else _open(store)
+    made.refresh()
+    if made.excluded:
+        message(f"{len(made.excluded)} images of store {made.path.name} are excluded")
     if method not in METHODS:
         raise OptionError(f"method {method!r} is unknown; expected one of {', '.join(METHODS)}")
     if k is not None and k < 1:
@@ -90,7 +92,9 @@ def attribute(
     prompts = [prompt] * len(paths) if prompt is None or isinstance(prompt, str) else list(prompt)
     if len(prompts) != len(paths):
         raise OptionError(f"there are {len(prompts)} prompts for {len(paths)} pictures; pass one, or one for each")
-    loaded, options = load_for(made, model, lora, draws, engine, batch_size, device, message)
+    loaded, options = load_for(
+        made, model=model, lora=lora, draws=draws, engine=engine, batch_size=batch_size, device=device, message=message
+    )
     if made.missing(chosen.family):
         message(
             f"{method} needs gradients of another output of the training images: taking them once, kept in the store"
@@ -123,46 +127,6 @@ def require_complete(made: Store) -> None:
             f"store {made.path.name} has {there} of {there + len(missing)} shards; "
             "run the same influence build again to complete it"
         )
-
-
-def load_for(
-    made: Store,
-    model: str | os.PathLike[str] | None,
-    lora: str | os.PathLike[str] | None,
-    draws: int,
-    engine: str,
-    batch_size: int,
-    device: str,
-    message: Message,
-) -> tuple[Loaded, BuildOptions]:
-    """Load the model of a store, and make sure that it is the one."""
-    source = made.source
-    options = BuildOptions(
-        dataset=source["dataset"],
-        model=source["model"] if model is None else str(Path(model).absolute()),
-        lora=source["lora"] if lora is None else str(Path(lora).absolute()),
-        dim=made.spec.dim,
-        projection=made.spec.projection,
-        draws=draws,
-        seed=made.spec.seed,
-        engine=engine,
-        parameters=source["parameters"],
-        resolution=source["resolution"],
-        batch_size=batch_size,
-        device=device,
-        dtype=made.spec.dtype,
-    )
-    if not Path(options.model).is_dir():
-        raise OptionError(f"the model of the store was at {options.model} and is not there; say where with --model DIR")
-    loaded = load(options, message)
-    spec.check_equal(
-        loaded.spec.to_json(),
-        made.spec.to_json(),
-        what="the model",
-        where=f"store {made.path.name}",
-        advice="Pass the model and LoRA that the store was built with.",
-    )
-    return loaded, options
 
 
 def query_features(
@@ -207,8 +171,7 @@ def solver(made: Store, method: scoring.Method, damping: float) -> Curvature:
     weights = {item_id: float(n) for item_id, n in files.items()}
     key = (made.family_hash(method.family), method.curvature, repr(float(damping)), repr(sorted(weights.items())))
     name = f"curvature-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.safetensors"
-    records = made.records(method.family).values()
-    num_rows = sum(r.psi_rows if method.curvature == "psi" else r.rows for r in records)
+    num_rows = made.num_rows(method.family)[method.curvature == "psi"]
 
     def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for content in made.blocks(method.family):

@@ -53,7 +53,9 @@ def doctor(
     if chosen.family != "loss":
         raise OptionError(f"doctor examines methods on the loss features; {method} reads others; use gauss-newton")
     attribution.require_complete(store)
-    loaded, _ = attribution.load_for(store, None, None, draws, "auto", 64, device, message)
+    loaded, _ = pipeline.load_for(
+        store, model=None, lora=None, draws=draws, engine="auto", batch_size=64, device=device, message=message
+    )
     data = pipeline.read(store.source["dataset"], loaded.denoiser, store.source["creator_column"], silent, silent)
     items = {item.item_id: item for item in data.items}
     ids, phi = _stored(store)

@@ -7,6 +7,10 @@ Every message says what was found, what was expected and what to do, on one line
 class InfluenceError(Exception):
     """Root of all errors that this package raises on purpose."""
 
+    def __str__(self) -> str:
+        """One line without control characters: names in it come from strangers' files."""
+        return "".join(c if c.isprintable() else " " for c in super().__str__())
+
 
 class SpecMismatchError(InfluenceError, ValueError):
     """Two things that must describe the same feature space do not."""

@@ -3,7 +3,9 @@
 import contextlib
 import multiprocessing
 import multiprocessing.connection
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from influence.errors import InfluenceError, OptionError, StoreError
@@ -41,7 +43,8 @@ def run_processes(
     for first in range(min(workers, len(shards))):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_worker, args=(prepare, shards[first::workers], workers, sender), daemon=True)
-        process.start()
+        with _interrupts_ignored():
+            process.start()
         sender.close()
         processes.append((process, receiver))
     try:
@@ -69,8 +72,21 @@ def run_processes(
             receiver.close()
 
 
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Start processes that Ctrl-C does not reach: it goes to all at once, and this one ends the others."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _worker(prepare: Callable[[int], Work], shards: Sequence[int], workers: int, sender: Any) -> None:
-    with contextlib.closing(sender):
+    with contextlib.closing(sender), contextlib.suppress(BrokenPipeError):  # the builder that asked is gone
         try:
             run_here(prepare(workers), shards, sender.send)
         except InfluenceError as error:

@@ -1,14 +1,16 @@
 """What a path is (store, model folder, LoRA, data set, picture), and whether it is whole."""
 
 import json
+import math
 import os
 import struct
 from pathlib import Path
 from typing import Any
 
-from influence import datasets, store
+from influence import datasets, store, verification
 from influence.errors import InfluenceError, OptionError
 
+_MAX_JSON = 16 << 20
 _MAX_HEADER = 100 << 20  # the limit that safetensors itself sets
 
 
@@ -55,17 +57,18 @@ def _folder(path: Path) -> dict[str, Any]:
 
 def _store(path: Path) -> dict[str, Any]:
     made = store.open_store(path)
+    problems = [f"{problem.file}: {problem.found}" for problem in verification.verify(made)]
     families: dict[str, Any] = {}
     for family in ("loss", "square"):
         records = made.records(family)
         if records or family == "loss":
+            images, rows = made.num_rows(family)
             families[family] = {
                 "shards": f"{len(records)} of {len(records) + len(made.missing(family))}",
-                "images": sum(record.rows for record in records.values()),
-                "curvature rows": sum(record.psi_rows for record in records.values()),
+                "images": images,
+                "curvature rows": rows,
                 "refused": [f"{item}: {reason}" for item, reason in made.refused(family).items()],
             }
-    problems = [f"{problem.file}: {problem.found}" for problem in store.verify(made)]
     return {
         "kind": "store",
         "whole": not problems and not made.missing("loss"),
@@ -74,6 +77,11 @@ def _store(path: Path) -> dict[str, Any]:
         "build": made.build,
         "source": made.source,
         "features": families,
+        "excluded": {
+            "creators": sorted(made.exclusions.creators),
+            "items": sorted(made.exclusions.items),
+            "images": len(made.excluded),
+        },
         "problems": problems,
     }
 
@@ -85,7 +93,7 @@ def _pipeline(path: Path) -> dict[str, Any]:
         for name, value in index.items()
         if not name.startswith("_") and isinstance(value, list) and len(value) == 2 and value[1]
     }
-    absent = [name for name in parts if not (path / name).is_dir()]
+    absent = [name for name in parts if "/" in name or not (path / name).is_dir()]
     weights = {}
     for file in sorted(path.glob("*/*.safetensors")):
         weights[f"{file.parent.name}/{file.name}"] = _tensors(file)
@@ -104,8 +112,10 @@ def _pipeline(path: Path) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > _MAX_JSON:
+            raise OptionError(f"{path} is larger than {_MAX_JSON >> 20} MiB; it is not a configuration of a model")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise OptionError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(value, dict):
         raise OptionError(f"{path} holds {type(value).__name__}; expected a JSON object")
@@ -116,12 +126,7 @@ def _tensors(path: Path) -> str:
     """Say what a safetensors file holds, from its header alone."""
     header = _header(path)
     shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
-    entries = 0
-    for shape in shapes:
-        size = 1
-        for length in shape:
-            size *= length
-        entries += size
+    entries = sum(math.prod(shape) for shape in shapes)
     return f"{len(shapes)} tensors, {entries:,} entries"
 
 
@@ -134,8 +139,12 @@ def _header(path: Path) -> dict[str, Any]:
             raise OptionError(f"{path} is not a safetensors file")
         try:
             header = json.loads(file.read(size))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            entries = [entry for name, entry in header.items() if name != "__metadata__"]
+            numbers = [n for entry in entries for n in (*entry["shape"], *entry["data_offsets"])]
+            if not all(type(n) is int and 0 <= n < 1 << 63 for n in numbers):
+                raise ValueError
+            end = max((entry["data_offsets"][1] for entry in entries), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             raise OptionError(f"{path} is not a safetensors file") from None
     if path.stat().st_size != 8 + size + end:
         raise OptionError(f"{path} is {path.stat().st_size} bytes; its header says {8 + size + end}: copy it again")

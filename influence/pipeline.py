@@ -4,7 +4,7 @@ import functools
 import importlib.metadata
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ Message = Callable[[str], Any]
 
 LIBRARIES = ("influence", "torch", "diffusers", "peft", "transformers", "numpy", "h5py", "pillow")
 DEFAULT_BATCH = 64
+_NOT_FINITE = "its loss or gradient is not finite"
+_GONE = "it is excluded, and was not in the data set when its shard was built"
 
 
 def silent(*_: Any) -> None:
@@ -283,6 +285,61 @@ def _open_or_create(
     )
 
 
+def load_for(
+    made: Store,
+    *,
+    model: str | os.PathLike[str] | None,
+    lora: str | os.PathLike[str] | None,
+    draws: int,
+    engine: str,
+    batch_size: int,
+    device: str,
+    message: Message,
+) -> tuple[Loaded, BuildOptions]:
+    """Load the model of a store, and make sure that it is the one.
+
+    Args:
+        made: The store.
+        model: Where its model is now, if it was moved.
+        lora: Where its LoRA is now.
+        draws: S.
+        engine: As for `build`.
+        batch_size: As for `build`.
+        device: As for `build`.
+        message: Called with lines that a person must see.
+
+    Raises:
+        InfluenceError: The model is not there, or is another one.
+    """
+    source = made.source
+    options = BuildOptions(
+        dataset=source["dataset"],
+        model=source["model"] if model is None else str(Path(model).absolute()),
+        lora=source["lora"] if lora is None else str(Path(lora).absolute()),
+        dim=made.spec.dim,
+        projection=made.spec.projection,
+        draws=draws,
+        seed=made.spec.seed,
+        engine=engine,
+        parameters=source["parameters"],
+        resolution=source["resolution"],
+        batch_size=batch_size,
+        device=device,
+        dtype=made.spec.dtype,
+    )
+    if not Path(options.model).is_dir():
+        raise OptionError(f"the model of the store was at {options.model} and is not there; say where with --model DIR")
+    loaded = load(options, message)
+    spec.check_equal(
+        loaded.spec.to_json(),
+        made.spec.to_json(),
+        what="the model",
+        where=f"store {made.path.name}",
+        advice="Pass the model and LoRA that the store was built with.",
+    )
+    return loaded, options
+
+
 def run_shards(
     made: Store,
     family: str,
@@ -292,9 +349,10 @@ def run_shards(
     workers: int,
     progress: Progress,
     message: Message,
+    only: Collection[int] | None = None,
 ) -> None:
-    """Build the shards of one family that are not there yet."""
-    todo = made.missing(family)
+    """Build the shards of one family that are not there yet: all, or `only` some."""
+    todo = [shard for shard in made.missing(family) if only is None or shard in only]
     finished = len(made.records(family))
     total = finished + len(todo)
 
@@ -310,8 +368,11 @@ def run_shards(
         prepare = functools.partial(_prepare_worker, made.path, family, options, data)
         executors.run_processes(prepare, todo, workers, done)
     refused = made.refused(family)
+    names = made.items.drop_duplicates("item_id").set_index("item_id")["file_name"]
     for item_id, reason in refused.items():
-        message(f"refused {item_id}: {reason}")
+        message(f"refused {names[item_id]} ({item_id}): {reason}")
+    if refused:
+        message(f"{len(refused)} images have no features, {made.num_rows(family)[0]} have")
 
 
 def _prepare_worker(
@@ -338,6 +399,8 @@ def _shard_work(made: Store, family: str, loaded: Loaded, data: datasets.Dataset
 
     def work(shard: int) -> None:
         ids = made.shard_items(shard)
+        refused = dict.fromkeys([i for i in ids if i not in by_id and i in made.excluded], _GONE)
+        ids = [item_id for item_id in ids if item_id not in refused]
         absent = [item_id for item_id in ids if item_id not in by_id]
         if absent:
             raise DatasetError(
@@ -345,7 +408,7 @@ def _shard_work(made: Store, family: str, loaded: Loaded, data: datasets.Dataset
                 "build needs them to go on: put them back, or build another --store"
             )
         taken = take(loaded.denoiser, recipe, [by_id[item_id] for item_id in ids])
-        made.commit(_content(family, shard, ids, taken))
+        made.commit(_content(family, shard, ids, taken, refused))
 
     return work
 
@@ -371,6 +434,9 @@ def take_arrays(
 ) -> Features:
     """Encode pictures and their captions once, and take their features."""
     device = next(iter(denoiser.parameters.values())).device
+    if not item_ids:
+        x0 = torch.empty(0, *denoiser.sample_shape, device=device)
+        return features(denoiser.network, recipe, item_ids, x0, None)
     x0 = torch.cat([denoiser.encode_images(torch.from_numpy(image)[None].to(device)) for image in pixels])
     cond = None
     if denoiser.conditional:
@@ -378,7 +444,9 @@ def take_arrays(
     return features(denoiser.network, recipe, item_ids, x0, cond)
 
 
-def _content(family: str, shard: int, ids: Sequence[str], taken: Features) -> ShardContent:
+def _content(
+    family: str, shard: int, ids: Sequence[str], taken: Features, refused: dict[str, str] | None = None
+) -> ShardContent:
     """What is committed: rows that are finite throughout; the other images are refused by name."""
     bad_psi = set(taken.psi_item[~np.isfinite(taken.psi).all(1)].tolist())
     good = np.isfinite(taken.phi).all(1) & np.isfinite(taken.loss)
@@ -394,7 +462,7 @@ def _content(family: str, shard: int, ids: Sequence[str], taken: Features) -> Sh
         psi=taken.psi[keep],
         psi_item=index[taken.psi_item[keep]].astype(np.int32),
         psi_draw=taken.psi_draw[keep],
-        refused={i: "its loss or gradient is not finite" for i, ok in zip(ids, good, strict=True) if not ok},
+        refused={i: _NOT_FINITE for i, ok in zip(ids, good, strict=True) if not ok} | (refused or {}),
     )
 
 

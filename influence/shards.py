@@ -1,20 +1,30 @@
-"""One shard of features as an HDF5 file: written once, validated against a whitelist before anything is believed.
+"""Shards of features: an HDF5 file and its record. A file is validated against a whitelist before it is believed.
 
-An HDF5 file is native-code input. The caller checks the file's hash first; this module then accepts exactly the
-expected datasets, plain types, contiguous, inside the file.
+An HDF5 file is native-code input. The caller checks the file's hash first; then exactly the expected datasets are
+accepted: plain types, contiguous, inside the file, apart from each other, and nothing else. The library works in memory
+when it writes, so that a full disk is an ordinary error of an ordinary write and never HDF5's.
 """
 
-import os
+import re
+import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import h5py
 import numpy as np
 
+from influence import commit
+from influence.commit import ADVICE, Committed
 from influence.errors import StoreError
 
 FAMILIES = ("loss", "square")
+
+Layout = Mapping[str, tuple[tuple[int, ...], np.dtype]]
+"""Shape and type of each dataset."""
+
+_FILE = re.compile(r"[a-z]+-[0-9]{6}-[0-9a-f]{32}\.h5")
+_OVERHEAD = 1 << 16  # HDF5's own share of a file; 2.9 kB as written
 
 
 @dataclass(frozen=True)
@@ -30,7 +40,7 @@ class ShardContent:
     loss: np.ndarray
     """Mean of the output over the image's draws, float32 `[items]`."""
     psi: np.ndarray
-    """Curvature rows, float32 `[rows, k]`."""
+    """Curvature rows, float32 `[rows, k]`, by item and draw."""
     psi_item: np.ndarray
     """Index of the item of each row, int32."""
     psi_draw: np.ndarray
@@ -39,7 +49,177 @@ class ShardContent:
     """Images of this shard that have no features, and why."""
 
 
-def layout(items: int, rows: int, dim: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+@dataclass(frozen=True)
+class Record(Committed):
+    """Commit record of one shard."""
+
+    family: str
+    shard: int
+    rows: int
+    """Images that have features."""
+    psi_rows: int
+    refused: dict[str, str]
+    """Images that have none, and why."""
+    spec: str
+    """Fingerprint of the store's spec."""
+    build: str
+    """SHA-256 of the store's build options."""
+
+
+# Records -------------------------------------------------------------------------------------------------------------
+
+
+def check_family(family: str) -> None:
+    """Refuse a family that there is not.
+
+    Raises:
+        StoreError: Its name is unknown.
+    """
+    if family not in FAMILIES:
+        raise StoreError(f"features of {family!r} are unknown; expected one of {', '.join(FAMILIES)}")
+
+
+def record_path(folder: Path, family: str, shard: int) -> Path:
+    """Where the record of a shard belongs."""
+    return folder / f"{family}-{shard:06d}.json"
+
+
+def record_paths(folder: Path, family: str) -> dict[int, Path]:
+    """Records of a family, by number.
+
+    Raises:
+        StoreError: A file looks like a record and is none.
+    """
+    found = {}
+    for name in commit.names(folder):
+        if name.startswith(f"{family}-") and name.endswith(".json"):
+            if not re.fullmatch(r"[a-z]+-[0-9]{6}\.json", name):
+                raise StoreError(f"{folder / name} has a name that this program does not write; remove it")
+            found[int(name[-11:-5])] = folder / name
+    return found
+
+
+def read_record(path: Path, store: Mapping[str, str]) -> Record:
+    """Read the record of a shard, and check all that can be checked without its file.
+
+    Args:
+        path: Where it is.
+        store: `spec` and `build` that it must have, if known.
+
+    Raises:
+        StoreError: It is damaged, or belongs elsewhere.
+    """
+    record = commit.parsed(Record, path, _FILE)
+    if f"{record.family}-{record.shard:06d}" != path.stem:
+        raise StoreError(f"{path} is of {record.family} shard {record.shard}: records were moved; {ADVICE}")
+    for name, expected in store.items():
+        found = getattr(record, name)
+        if found != expected:
+            raise StoreError(f"{path} is of a store with another {name} ({found[:12]}, not {expected[:12]}); {ADVICE}")
+    return record
+
+
+def read_content(folder: Path, record: Record, dim: int, expected_ids: list[str] | None) -> ShardContent:
+    """Read a shard whose hash has been checked.
+
+    Args:
+        folder: Where its file is.
+        record: Its record.
+        dim: k.
+        expected_ids: The images of the shard; `None` if nothing says whose features it has.
+
+    Raises:
+        StoreError: The file is not what its record says, or of other images.
+    """
+    found = read(folder / record.file, layout(record.rows, record.psi_rows, dim))
+    ids = [item_id.decode("ascii", "replace") for item_id in found.pop("item_id").tolist()]
+    if expected_ids is not None and sorted([*ids, *record.refused]) != expected_ids:
+        raise StoreError(f"{record.file} holds other images than the store's table names for its shard; {ADVICE}")
+    content = ShardContent(record.family, record.shard, ids, **found, refused=record.refused)
+    check_rows(record.file, content)
+    return content
+
+
+def check_content(content: ShardContent, dim: int, expected_ids: list[str]) -> None:
+    """Refuse what must not be committed.
+
+    Args:
+        content: The shard.
+        dim: k.
+        expected_ids: The images of the shard, in order.
+
+    Raises:
+        StoreError: It is not of these images, or has other shapes or types, or is not finite.
+    """
+    check_family(content.family)
+    name = f"{content.family} shard {content.shard}"
+    if not expected_ids:
+        raise StoreError(f"{name} has no images in this store")
+    if sorted([*content.item_ids, *content.refused]) != expected_ids:
+        odd = sorted({*content.item_ids, *content.refused} ^ set(expected_ids)) or ["given twice"]
+        raise StoreError(
+            f"{name} must name each of its {len(expected_ids)} images once, with features or as refused; "
+            f"{len(content.item_ids)} and {len(content.refused)} were given ({odd[0]})"
+        )
+    if content.item_ids != sorted(content.item_ids):
+        raise StoreError(f"images of {name} are not in the order of their ids")
+    wanted = layout(len(content.item_ids), len(content.psi), dim)
+    for key, array in arrays(content).items():
+        shape, dtype = wanted[key]
+        if array.shape != shape or array.dtype != dtype:
+            raise StoreError(f"{key} of {name} is {array.dtype} {array.shape}; expected {dtype} {shape}")
+    check_finite(name, content)
+    check_rows(name, content)
+
+
+def check_finite(name: str, content: ShardContent) -> None:
+    """Refuse features that no score can be made of.
+
+    Raises:
+        StoreError: Some are NaN or infinite.
+    """
+    for key in ("phi", "loss", "psi"):
+        if not np.isfinite(getattr(content, key)).all():
+            raise StoreError(f"{key} of {name} holds NaN or infinity; such images are refused by name")
+
+
+def check_rows(name: str, content: ShardContent) -> None:
+    """Refuse curvature rows that are not of images that are there, in order, one for each draw.
+
+    Raises:
+        StoreError: A row is out of place.
+    """
+    item, draw = content.psi_item.astype(np.int64), content.psi_draw.astype(np.int64)
+    place = item * (1 << 32) + draw
+    inside = not len(item) or (item[0] >= 0 and item[-1] < len(content.item_ids) and draw.min() >= 0)
+    if not inside or (np.diff(place) <= 0).any():
+        raise StoreError(f"curvature rows of {name} are not of its images, one for each draw, in order")
+
+
+def without(content: ShardContent, excluded: set[str]) -> ShardContent:
+    """A shard without some of its images; itself if it has none of them."""
+    refused = {item_id: why for item_id, why in content.refused.items() if item_id not in excluded}
+    good = np.array([item_id not in excluded for item_id in content.item_ids], bool)
+    if good.all():
+        return replace(content, refused=refused)
+    keep = good[content.psi_item]
+    return ShardContent(
+        content.family,
+        content.shard,
+        [item_id for item_id in content.item_ids if item_id not in excluded],
+        phi=content.phi[good],
+        loss=content.loss[good],
+        psi=content.psi[keep],
+        psi_item=(np.cumsum(good) - 1)[content.psi_item[keep]].astype(np.int32),
+        psi_draw=content.psi_draw[keep],
+        refused=refused,
+    )
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def layout(items: int, rows: int, dim: int) -> Layout:
     """Shape and type of every dataset of a shard."""
     return {
         "phi": ((items, dim), np.dtype("<f4")),
@@ -49,6 +229,17 @@ def layout(items: int, rows: int, dim: int) -> dict[str, tuple[tuple[int, ...], 
         "psi_item": ((rows,), np.dtype("<i4")),
         "psi_draw": ((rows,), np.dtype("<i4")),
     }
+
+
+def size(expected: Layout) -> int:
+    """Bytes of the datasets."""
+    total = 0
+    for shape, dtype in expected.values():
+        count = dtype.itemsize
+        for length in shape:
+            count *= length
+        total += count
+    return total
 
 
 def arrays(content: ShardContent) -> dict[str, np.ndarray]:
@@ -63,14 +254,18 @@ def arrays(content: ShardContent) -> dict[str, np.ndarray]:
     }
 
 
-def write(path: Path, datasets: Mapping[str, np.ndarray]) -> None:
-    """Write a new file: contiguous, without times, so that equal content gives equal bytes."""
-    with h5py.File(path, "w", libver=("earliest", "v108"), locking=False, track_order=False) as file:
-        for name, array in datasets.items():
-            file.create_dataset(name, data=array, track_times=False)
+def encode(datasets: Mapping[str, np.ndarray]) -> bytes:
+    """Make the bytes of a file: contiguous, without times, so that equal content gives equal bytes."""
+    bounds = ("earliest", "v108")  # what every HDF5 since 2008 can read
+    name = uuid.uuid4().hex  # of no file: no two may be open in memory under one name
+    with h5py.File(name, "w", driver="core", backing_store=False, libver=bounds, track_order=False) as file:
+        for key, array in datasets.items():
+            file.create_dataset(key, data=array, track_times=False)
+        file.flush()
+        return file.id.get_file_image()
 
 
-def read(path: Path, expected: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> dict[str, np.ndarray]:
+def read(path: Path, expected: Layout) -> dict[str, np.ndarray]:
     """Map the datasets of a shard, read-only.
 
     Args:
@@ -80,55 +275,63 @@ def read(path: Path, expected: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -
     Raises:
         StoreError: The file holds anything else than what is expected, or holds it in another way.
     """
+    total = size(expected)
     try:
+        length = path.stat().st_size
+        if not total <= length <= total + _OVERHEAD:
+            raise StoreError(f"{path.name} is {length} bytes; its datasets are {total}")
         with h5py.File(path, "r", locking=False) as file:
-            extents = _extents(file, path, expected)
+            offsets = _offsets(file, path.name, length, expected)
+        return {
+            name: _empty(shape, dtype)
+            if offsets[name] is None
+            else np.memmap(path, dtype=dtype, mode="r", offset=offsets[name], shape=shape)
+            for name, (shape, dtype) in expected.items()
+        }
+    except StoreError:
+        raise
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, StoreError):
-            raise
         raise StoreError(f"{path.name} is not a readable HDF5 file: {str(error).splitlines()[0]}") from None
-    found = {}
-    for name, (offset, (shape, dtype)) in extents.items():
-        if offset is None:
-            found[name] = np.empty(shape, dtype)
-        else:
-            found[name] = np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    found = np.empty(shape, dtype)
+    found.flags.writeable = False
     return found
 
 
-def _extents(
-    file: h5py.File, path: Path, expected: Mapping[str, tuple[tuple[int, ...], np.dtype]]
-) -> dict[str, tuple[int | None, tuple[tuple[int, ...], np.dtype]]]:
-    """Where the bytes of each dataset lie; refuses what is not on the whitelist."""
-    if sorted(file.keys()) != sorted(expected):
-        raise StoreError(f"{path.name} holds {', '.join(sorted(file.keys()))[:100]}; expected {', '.join(expected)}")
-    size = path.stat().st_size
-    extents = {}
-    for name, (shape, dtype) in expected.items():
-        if not isinstance(file.get(name, getlink=True), h5py.HardLink) or file.get(name, getclass=True) != h5py.Dataset:
-            raise StoreError(f"{path.name}: {name} is not a plain dataset of this file")
-        dataset = file[name]
-        if dataset.shape != shape or dataset.dtype != dtype:
-            raise StoreError(f"{path.name}: {name} is {dataset.dtype} {dataset.shape}; expected {dtype} {shape}")
-        properties = dataset.id.get_create_plist()
+def _offsets(file: h5py.File, name: str, length: int, expected: Layout) -> dict[str, int | None]:
+    """Where the bytes of each dataset begin, `None` if it has none; refuses what is not on the whitelist."""
+    if len(file) != len(expected) or set(file) != set(expected):
+        raise StoreError(f"{name} holds {', '.join(sorted(file))[:100]}; expected {', '.join(expected)}")
+    if file.userblock_size or h5py.h5a.get_num_attrs(file.id):
+        raise StoreError(f"{name} holds more than its datasets")
+    offsets: dict[str, int | None] = {}
+    taken = []
+    for key, (shape, dtype) in expected.items():
+        if not isinstance(file.get(key, getlink=True), h5py.HardLink) or file.get(key, getclass=True) != h5py.Dataset:
+            raise StoreError(f"{name}: {key} is not a plain dataset of this file")
+        dataset = file[key].id
+        if file[key].shape != shape or not dataset.get_type().equal(h5py.h5t.py_create(dtype)):
+            raise StoreError(f"{name}: {key} is {file[key].dtype} {file[key].shape}; expected {dtype} {shape}")
+        if h5py.h5a.get_num_attrs(dataset):
+            raise StoreError(f"{name}: {key} has attributes; expected none")
+        properties = dataset.get_create_plist()
         if (
             properties.get_layout() != h5py.h5d.CONTIGUOUS
             or properties.get_nfilters()
             or properties.get_external_count()
-            or dataset.is_virtual
         ):
-            raise StoreError(f"{path.name}: {name} is chunked, filtered, external or virtual; expected contiguous")
-        offset = dataset.id.get_offset()
-        if dataset.nbytes and (offset is None or offset + dataset.nbytes > size):
-            raise StoreError(f"{path.name}: {name} reaches beyond the end of the file")
-        extents[name] = (offset if dataset.nbytes else None, (shape, dtype))
-    return extents
-
-
-def fsync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+            raise StoreError(f"{name}: {key} is compact, chunked, filtered, external or virtual; expected contiguous")
+        nbytes = size({key: (shape, dtype)})
+        offsets[key] = dataset.get_offset() if nbytes else None
+        if nbytes and offsets[key] is None:
+            raise StoreError(f"{name}: {key} was never written")
+        if nbytes:
+            taken.append((offsets[key], offsets[key] + nbytes, key))
+    taken.sort()
+    limits = [*(start for start, _, _ in taken), length][1:]
+    for (_, end, key), limit in zip(taken, limits, strict=True):
+        if end > limit:
+            raise StoreError(f"{name}: {key} reaches into another dataset or beyond the end of the file")
+    return offsets

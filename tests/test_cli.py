@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -123,3 +124,32 @@ def test_inspect_notices_what_is_not_whole(world, tmp_path):
     assert run("inspect", tmp_path / "cut.png").exit_code == 1
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     assert run("inspect", tmp_path / "cut.safetensors").exit_code == 1
+
+
+def test_exclude_says_what_is_left_and_undo_brings_it_back(world, tmp_path):
+    store = shutil.copytree(world / "s", tmp_path / "s")
+    result = run("exclude", store, "--creator", "creator 1")
+    assert result.stdout == f"{store}: creator 1 excluded; 6 images left, 3 excluded\n"
+    assert "already excluded" in run("exclude", store, "--creator", "creator 1").stdout
+    facts = json.loads(run("inspect", store, "--json").stdout)
+    assert facts["excluded"] == {"creators": ["creator 1"], "items": [], "images": 3}
+    result = run("exclude", store, "--creator", "creator 1", "--undo")
+    assert result.stdout == f"{store}: creator 1 included again; 9 images left, 0 excluded\n"
+    for parts in ((), ("--creator", "x", "--item", "y")):
+        assert run("exclude", store, *parts).exit_code == 2
+    result = run("exclude", store, "--creator", "\x1b[31mx")
+    assert result.exit_code == 1 and "has no creator" in result.stderr and "\x1b" not in result.stderr
+
+
+def test_verify_says_that_all_is_well_or_what_is_not(world, tmp_path):
+    store = shutil.copytree(world / "s", tmp_path / "s")
+    result = run("verify", store)
+    assert result.exit_code == 0 and result.stdout == f"{store}: every byte is as it was committed\n"
+    (store / "shards" / "loss-000001.json").unlink()
+    assert "; 1 shards are not built yet: run the same influence build to go on" in run("verify", store).stdout
+    (store / "store.json").write_bytes(b"{}")
+    result = run("verify", store)
+    assert result.exit_code == 1 and "store.json: " in result.stdout
+    assert len(result.stderr.strip().splitlines()) == 1 and "1 problems" in result.stderr
+    result = run("verify", store, "--repair")
+    assert result.exit_code == 1 and "cannot be built again, restore it from a copy" in result.stderr

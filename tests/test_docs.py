@@ -19,7 +19,7 @@ def test_ci_calls_exactly_the_test_command_of_the_readme():
 def test_every_method_and_command_is_documented():
     for method in influence.METHODS:
         assert f"`{method}`" in text("README.md") or f"`{method}`" in text("CHANGELOG.md")
-    for command in ("build", "attribute", "inspect", "demo"):
+    for command in ("build", "attribute", "inspect", "verify", "exclude", "demo"):
         assert f"influence {command}" in text("README.md")
 
 
@@ -29,6 +29,12 @@ def test_the_architecture_names_every_module_and_no_other():
         set(re.findall(r"`(\w+\.py)`", text("ARCHITECTURE.md").split("## The estimator")[0])) - {"tests/test_layers.py"}
         == modules
     )
+
+
+def test_every_test_that_the_promises_name_exists():
+    named = set(re.findall(r"`(test_\w+)`", text("PROMISES.md")))
+    there = {name for path in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"def (test_\w+)", text(path))}
+    assert len(named) > 30 and named <= there, named - there
 
 
 def test_every_public_name_has_a_docstring():

@@ -11,11 +11,12 @@ LAYERS = [
     ["keys"],
     ["spec", "diffusion", "projection", "curvature"],
     ["gradients", "scoring", "metrics"],
-    ["features"],
-    ["datasets", "models", "shards", "training"],
-    ["store", "executors", "typefaces", "finetuning"],
-    ["inspection", "figure", "pipeline", "retraining"],
-    ["attribution"],
+    ["features", "commit"],
+    ["datasets", "models", "shards", "exclusions", "training"],
+    ["items", "finetuning"],
+    ["store", "executors", "typefaces"],
+    ["verification", "figure", "pipeline", "retraining"],
+    ["inspection", "attribution", "repair"],
     ["demo", "doctor", "evaluation"],
 ]
 MIDDLE = {"spec", "diffusion", "projection", "curvature", "gradients", "scoring", "metrics", "features"}

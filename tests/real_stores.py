@@ -1,0 +1,59 @@
+"""Stores of a tiny real model, for tests."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pandas as pd
+from tiny_models import pictures, tiny_ddpm
+
+import influence
+
+DRAWS = 4
+INFLUENCE = str(Path(sys.executable).parent / "influence")
+
+
+def new_world(path):
+    """A model, a data set, and a store of them."""
+    tiny_ddpm(path / "ddpm")
+    pictures(path / "data", count=12)
+    build(path, path / "built.store")
+    return path
+
+
+def build(world, store, *, data=None, **options):
+    defaults = {"dim": 16, "draws": DRAWS, "curvature_rows": 24, "batch_size": 6}
+    return influence.build(data or world / "data", model=world / "ddpm", store=store, **defaults | options)
+
+
+def copy(world, tmp_path, name="s"):
+    return Path(shutil.copytree(world / "built.store", tmp_path / name))
+
+
+def without(world, tmp_path, creators=(), names=()):
+    """The data set without some of its pictures."""
+    folder = Path(shutil.copytree(world / "data", tmp_path / "less"))
+    table = pd.read_csv(folder / "metadata.csv")
+    table = table[~table["creator"].isin(creators) & ~table["file_name"].isin(names)]
+    table.to_csv(folder / "metadata.csv", index=False)
+    for file in set(folder.glob("*.png")) - {folder / name for name in table["file_name"]}:
+        file.unlink()
+    return folder, len(table)
+
+
+def scores(world, store, method, **options):
+    queries = [world / "data" / "000.png", world / "data" / "001.png"]
+    table = influence.attribute(queries, store, k=None, method=method, draws=4, **options)
+    by_file = table.set_index(["query", "file_name"])["score"].sort_index()
+    totals = {(e["query"], e["creator"]): (e["total"], e["images"]) for e in table.attrs["creator_totals"]}
+    return by_file, totals
+
+
+def rows_of(store):
+    """The bytes of φ, ψ and loss by image."""
+    found = {}
+    for content in influence.open_store(store).blocks():
+        for i, item_id in enumerate(content.item_ids):
+            psi = content.psi[content.psi_item == i]
+            found[item_id] = (content.phi[i].tobytes(), content.loss[i].tobytes(), psi.tobytes())
+    return found
