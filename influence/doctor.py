@@ -87,7 +87,7 @@ def doctor(
     again = _train_features(loaded, store, picked[:4], batch_size=7)
     stored = phi[sample[:4]]
     difference = np.linalg.norm(again.phi - stored, axis=1) / np.linalg.norm(stored, axis=1)
-    check("batch invariance", difference.max(), -np.inf, 1e-4, "relative change of a feature with the batch size")
+    check("batch invariance", float(difference.max()), -np.inf, 1e-4, "relative change of a feature with the batch size")
 
     seeds = [_query_features(loaded, queries, seed) for seed in (store.spec.seed, store.spec.seed + 1)]
     first, second = (tau(part, phi) for part in seeds)

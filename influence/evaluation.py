@@ -230,7 +230,7 @@ def evaluate_deletion(
     limit: int = 4,
     fractions: Sequence[float] = (0.01, 0.05, 0.2),
     seeds: int = 2,
-    random_removals: int = 2,
+    controls: int = 2,
     picture: str | Path | None = None,
     workers: int = 1,
     progress: Progress = silent,
@@ -245,7 +245,7 @@ def evaluate_deletion(
         limit: Queries of each kind: each costs (methods + 1) × fractions × seeds retrained models.
         fractions: Shares of the images that are removed.
         seeds: Training seeds.
-        random_removals: Random sets for each fraction; they serve all queries.
+        controls: Random sets for each fraction; they serve all queries.
         picture: PNG to write: the same noise sampled from the model trained on all images (first row) and from those
             trained without the first query's top images by each method, by likeness, and at random.
         workers: Processes that retrain.
@@ -262,7 +262,7 @@ def evaluate_deletion(
     plan: list[tuple[int | None, str, float, Run]] = []
     for fraction in fractions:
         size = max(1, round(fraction * count))
-        for number in range(random_removals):
+        for number in range(controls):
             order = np.argsort(keys.uniform(("deletion", size, number), count), kind="stable")
             plan += [
                 (None, "random", fraction, _without(f"delete random {number}", order[:size], count, seed))

@@ -74,7 +74,7 @@ def test_owners_values_sum_to_the_gain_of_the_fine_tune(truth, scores):
 def test_deletion_removes_what_is_ranked_first(made, truth, scores):
     out = made / "regenerated.png"
     table = influence.evaluate_deletion(
-        truth, {"gauss-newton": scores}, limit=1, fractions=(0.25,), seeds=1, random_removals=1, picture=out
+        truth, {"gauss-newton": scores}, limit=1, fractions=(0.25,), seeds=1, controls=1, picture=out
     )
     assert sorted(table["method"].unique()) == ["gauss-newton", "random", "similar"]
     assert len(table) == 2 * 3
