@@ -38,7 +38,13 @@ _retraining = options_of(
 
 @click.group()
 def evaluate() -> None:
-    """How far can the scores be believed? Retrain without images and compare, or examine a store (doctor)."""
+    """How far can the scores be believed? Retrain without images and compare, or examine a store (doctor).
+
+    \b
+    Example:
+      influence evaluate doctor --store my.store
+      influence evaluate lds --store my.store --base base/ --truth truth/ --queries generated=pictures/
+    """  # noqa: D301
 
 
 def _begin(

@@ -87,9 +87,9 @@ def doctor(
     again = _train_features(loaded, store, picked[:4], batch_size=7)
     stored = phi[sample[:4]]
     difference = np.linalg.norm(again.phi - stored, axis=1) / np.linalg.norm(stored, axis=1)
-    check("batch invariance", float(difference.max()), -np.inf, 1e-4, "relative change of a feature with the batch size")
+    check("batch invariance", float(difference.max()), -np.inf, 1e-4, "relative change with the batch size")
 
-    seeds = [_query_features(loaded, queries, seed) for seed in (store.spec.seed, store.spec.seed + 1)]
+    seeds = [_queries(loaded, queries, seed) for seed in (store.spec.seed, store.spec.seed + 1)]
     first, second = (tau(part, phi) for part in seeds)
     r = float(metrics.correlations(first.T, second.T).mean())
     check("query draws", r, 0.9, np.inf, "rank correlation of scores between two sets of draws of the query")
@@ -114,7 +114,7 @@ def doctor(
     if chosen.curvature:
         rows_of = blank.psi if chosen.curvature == "psi" else blank.phi
         solved = curvature([(rows_of, np.ones(len(rows_of)))], dim=phi.shape[1], damping=damping, num_rows=len(rows_of))
-    random = tau(_query_features(loaded, queries, store.spec.seed), blank.phi, solved)
+    random = tau(_queries(loaded, queries, store.spec.seed), blank.phi, solved)
     apart = np.ones(random.shape, dtype=bool)
     apart[np.arange(own), np.arange(own)] = False  # an image is like itself under any weights
     r = np.mean([

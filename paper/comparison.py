@@ -85,9 +85,7 @@ class Subject:
             self.denoiser.network, self.denoiser.parameters, inputs, [output], projection, engine="hooks"
         )[0].features
 
-    def phi(
-        self, side: Side, output: str, seed: int, projection: Projection, curvature_rate: float = 0.0
-    ) -> np.ndarray:
+    def phi(self, side: Side, output: str, seed: int, projection: Projection, rate: float = 0.0) -> np.ndarray:
         """φ of all images, or their curvature rows ψ after it, as the library takes them."""
         recipe = Recipe(
             self.denoiser.schedule, self.denoiser.parameters, projection, seed, side.role, side.draws, rate,
