@@ -298,6 +298,19 @@ def compare(subject: Subject, out: Path) -> pd.DataFrame:
     return table
 
 
+def summary(table: pd.DataFrame) -> str:
+    """Markdown: LDS × 100 of each method for each kind of query, chosen blindly / at its own best damping."""
+    kinds = list(dict.fromkeys(table["kind"]))
+    lines = ["| method | readout | " + " | ".join(kinds) + " |", "|" + "---|" * (2 + len(kinds))]
+    for (method, readout), rows in table.groupby(["method", "readout"], sort=False):
+        of = rows.set_index("kind")
+        cells = [f"{100 * of.loc[kind, 'lds_blind']:.1f} / {100 * of.loc[kind, 'lds_best']:.1f}" for kind in kinds]
+        lines.append(f"| {method} | {readout} | " + " | ".join(cells) + " |")
+    ceilings = table.drop_duplicates("kind").set_index("kind")["ceiling"]
+    lines.append("| ceiling | | " + " | ".join(f"{100 * ceilings[kind]:.1f}" for kind in kinds) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def blind_choice(dampings: dict[float, np.ndarray], outcome: np.ndarray) -> float:
     """LDS at the damping that is best on the other half of the masks, mean of both ways."""
     found = []
@@ -318,7 +331,9 @@ def main() -> None:
     out = PAPER / "results"
     out.mkdir(exist_ok=True)
     table = compare(Subject(options.truth, options.work), out / f"{options.truth}-comparison.csv")
-    print(table.to_string(float_format=lambda value: f"{value:.3f}"))
+    text = summary(table)
+    (out / f"{options.truth}-comparison.md").write_text(text, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import independent_reader
@@ -140,7 +141,8 @@ def real_kills(folder, kills, seed=0):
     while result["kills"] < kills:
         path, kept = folder / f"{result['stores']}.store", Kept()
         for _ in range(6):
-            result["kills"] += kill_all(lambda: store_worker.forked(lambda: build(path)), 1, draw, longest)  # noqa: B023
+            start = partial(store_worker.forked, partial(build, path))
+            result["kills"] += kill_all(start, 1, draw, longest)
             kept.look(path, lambda _, shard: wanted[shard])
         result["unfinished"] += store_worker.outcome(store_worker.forked(lambda: build(path))) != 0  # noqa: B023
         kept.look(path, lambda _, shard: wanted[shard])

@@ -59,11 +59,11 @@ def test_weights_that_are_not_finite_stop_the_build_at_once_and_are_named(world,
 def test_a_build_after_pictures_were_added_takes_the_features_of_these_alone(world, tmp_path, monkeypatch):
     path, taken = copy(world, tmp_path), []
 
-    def take(denoiser, recipe, items, take=pipeline._take):
+    def take(denoiser, recipe, items, take=pipeline.take):
         taken.extend(item.file_name for item in items)
         return take(denoiser, recipe, items)
 
-    monkeypatch.setattr(pipeline, "_take", take)
+    monkeypatch.setattr(pipeline, "take", take)
     before, kept = rows_of(path), files(path)
     build(world, path, data=pictures(tmp_path / "data", count=15))
     assert sorted(taken) == ["012.png", "013.png", "014.png"]
