@@ -65,7 +65,7 @@ def main() -> None:
     torch.set_num_threads(1)
     gradients: list[float] = []
     commits: list[float] = []
-    pipeline._take = timed(pipeline._take, gradients, time.process_time)
+    pipeline.take = timed(pipeline.take, gradients, time.process_time)
     Store.commit = timed(Store.commit, commits, time.perf_counter)  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -49,7 +49,7 @@ def repair(
             raise StoreError(f"{problem.file} cannot be built again, restore it from a copy: {problem.found}")
     if not problems:
         return []
-    made = stores.open_store(store)
+    made = stores.open_damaged(store)
     lost = {family: {p.shard for p in problems if p.family == family and p.item_ids} for family in ("loss", "square")}
     if any(lost.values()):
         loaded, options = load_for(

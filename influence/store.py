@@ -60,8 +60,23 @@ class Identity:
 def open_store(path: str | os.PathLike[str]) -> "Store":
     """Open a store, as it is now: images that are added later are not seen.
 
+    Every record is read and every shard has the size that its record says; bytes are hashed when they are first read.
+
     Raises:
-        StoreError: There is none at this path, or its records are damaged.
+        StoreError: There is none at this path, or its records are damaged, or a shard is missing or has another size.
+    """
+    made = open_damaged(path)
+    if made._snapshot >= 0:
+        for family in shards.FAMILIES:
+            made.records(family)
+    return made
+
+
+def open_damaged(path: str | os.PathLike[str]) -> "Store":
+    """Open a store of which shards may be damaged: to repair it.
+
+    Raises:
+        StoreError: There is none at this path, or its identity or its table of images is damaged.
     """
     with commit.reading(Path(path)):
         folder = found(path)

@@ -1,5 +1,9 @@
+import os
+
 import pytest
 import torch
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start, as `one_thread` here
 
 
 def pytest_collection_modifyitems(items):
