@@ -69,6 +69,10 @@ def _checked(table: pa.Table, where: str) -> pa.Table:
     if not table.schema.equals(SCHEMA):
         found = ", ".join(table.column_names)[:100]
         raise StoreError(f"{where} has columns {found}; expected {', '.join(SCHEMA.names)}")
+    try:
+        table.validate(full=True)  # text that is not UTF-8, offsets that lead elsewhere
+    except pa.ArrowException as error:
+        raise StoreError(f"{where} is damaged inside: {str(error).splitlines()[0]}") from None
     for name in _REQUIRED:
         if table[name].null_count:
             raise StoreError(f"{where} has rows without {name}")

@@ -913,9 +913,16 @@ def test_records_too_large_or_too_deep_are_neither_read_nor_written(tmp_path, mo
         pa.table({name: ["x"] for name in items.ITEM_COLUMNS} | {"shard": [-1]}, schema=items.SCHEMA),
         pa.table({name: [None] for name in items.ITEM_COLUMNS} | {"shard": [0]}, schema=items.SCHEMA),
         pa.table({name: ["x", "x"] for name in items.ITEM_COLUMNS} | {"shard": [0, 1]}, schema=items.SCHEMA),
+        pa.table(
+            {
+                name: pa.array([b"\xff"]).cast(pa.string(), safe=False) if name == "file_name" else ["x"]
+                for name in items.ITEM_COLUMNS
+            }
+            | {"shard": [0]}
+        ),
         b"PAR1 and so on",
     ],
-    ids=["columns", "rows", "types", "negative", "null", "two shards", "not a table"],
+    ids=["columns", "rows", "types", "negative", "null", "two shards", "not UTF-8", "not a table"],
 )
 def test_a_hostile_table_is_refused_even_with_a_matching_record(tmp_path, broken):
     filled(tmp_path / "s", 1)
