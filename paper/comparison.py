@@ -25,7 +25,7 @@ from influence.gradients import Inputs, Output
 from influence.projection import PROJECTIONS, Projection
 
 DIM, DRAWS, QUERY_DRAWS = 8192, 40, 128
-DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 RHOS = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
 Scores = np.ndarray
 
