@@ -4,15 +4,17 @@
     python paper/ground_truth.py letters --work work/letters --workers 2
 
 `emoji`: an unconditional DDPM, all weights fine-tuned; owners are four studios. `letters`: a StableDiffusionPipeline,
-fine-tuned by LoRA with captions; owners are five type designers. Both can be stopped and run again. `--verify N`
-retrains N of the models that `paper/truth/` lists and compares the losses.
+fine-tuned by LoRA with captions; owners are five type designers. Both can be stopped and run again. Losses that
+`paper/truth/` holds are not measured again; `--verify N` retrains N of these models and compares.
 """
 
 import argparse
 import csv
+import json
 import shutil
 import string
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -129,9 +131,14 @@ def prepare(name: str, work: Path, pictures: Path | None) -> Truth:
         *trained,
         *chosen(work / "unseen", "unseen", conditional),
     ]
-    return retraining.create(
+    truth = retraining.create(
         work / "truth", base=base, dataset=work / "dataset", recipe=recipe, queries=queries, draws=40
     )
+    kept, journal = PAPER / "truth" / name, truth.folder / "runs.jsonl"
+    if not journal.exists() and (kept / "truth.json").exists():
+        if (kept / "truth.json").read_bytes() == (truth.folder / "truth.json").read_bytes():
+            shutil.copy(kept / "runs.jsonl", journal)  # the losses that were measured for the paper, of these pictures
+    return truth
 
 
 def planned(truth: Truth) -> list[Run]:
@@ -144,6 +151,33 @@ def planned(truth: Truth) -> list[Run]:
     return runs
 
 
+def verify(truth: Truth, name: str, count: int) -> None:
+    """Retrain some of the models that the paper's folder lists, and compare the losses of the same queries.
+
+    Raises:
+        SystemExit: The images are others, or a loss differs by more than 1 %.
+    """
+    kept = PAPER / "truth" / name
+    there, here = (json.loads((folder / "truth.json").read_text(encoding="utf-8")) for folder in (kept, truth.folder))
+    if there["items"] != here["items"] or there["recipe"] != here["recipe"] or there["base"] != here["base"]:
+        raise SystemExit(f"{kept} is of other images, another recipe or base than {truth.folder}")
+    same = np.array([a == b for a, b in zip(there["queries"], here["queries"], strict=True)])
+    listed = replace(truth, folder=kept).runs()
+    maker = retraining.Retrainer(truth)
+    worst = 0.0
+    for i in np.linspace(0, len(listed) - 1, count).round().astype(int):
+        row = listed.iloc[i]
+        maker.retrain(Run(row["name"], row["members"], row["seed"]))
+        difference = float(np.abs(maker.measure()[same] / row["loss"][same] - 1).max())
+        worst = max(worst, difference)
+        print(
+            f"{row['name']}, seed {row['seed']}: largest difference of a loss {difference:.1e} (relative)", flush=True
+        )
+    print(f"{count} of {len(listed)} models retrained, {same.sum()} of {len(same)} queries are the same")
+    if worst > 0.01:
+        raise SystemExit(f"a loss differs by {worst:.1%}; expected at most 1 %")
+
+
 def main() -> None:
     """Make or verify."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -152,9 +186,13 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, help="what data/emoji.py --size 16 --count 116 made")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--limit", type=int, help="only the first runs of the plan")
+    parser.add_argument("--verify", type=int, metavar="N", help="retrain N of the models that were kept, and compare")
     options = parser.parse_args()
     torch.set_num_threads(1)
     truth = prepare(options.truth, options.work, options.pictures)
+    if options.verify:
+        verify(truth, options.truth, options.verify)
+        return
     retraining.retrain(
         truth,
         planned(truth)[: options.limit],
