@@ -135,9 +135,10 @@ def prepare(name: str, work: Path, pictures: Path | None) -> Truth:
         work / "truth", base=base, dataset=work / "dataset", recipe=recipe, queries=queries, draws=40
     )
     kept, journal = PAPER / "truth" / name, truth.folder / "runs.jsonl"
-    if not journal.exists() and (kept / "truth.json").exists():
-        if (kept / "truth.json").read_bytes() == (truth.folder / "truth.json").read_bytes():
-            shutil.copy(kept / "runs.jsonl", journal)  # the losses that were measured for the paper, of these pictures
+    facts = truth.folder / "truth.json"
+    same = (kept / "truth.json").exists() and (kept / "truth.json").read_bytes() == facts.read_bytes()
+    if same and not journal.exists():
+        shutil.copy(kept / "runs.jsonl", journal)  # the losses that were measured for the paper, of these pictures
     return truth
 
 
