@@ -52,6 +52,8 @@ def doctor(
     chosen = METHODS[method]
     if chosen.family != "loss":
         raise OptionError(f"doctor examines methods on the loss features; {method} reads others; use gauss-newton")
+    if store.spec.conditional and len(prompts or ()) != len(images):
+        raise OptionError(f"there are {len(prompts or ())} prompts for {len(images)} pictures; pass one for each")
     attribution.require_complete(store)
     loaded, _ = pipeline.load_for(
         store, model=None, lora=None, draws=draws, engine="auto", batch_size=64, device=device, message=message

@@ -292,10 +292,10 @@ def evaluate_deletion(
 def _without(name: str, removed: np.ndarray, count: int, seed: int) -> Run:
     members = np.ones(count, dtype=bool)
     members[removed] = False
-    return Run(f"{name}, {len(removed)} of {count}, {members_digest(members)}", members, seed)
+    return Run(f"{name}, {len(removed)} of {count}, {_digest(members)}", members, seed)
 
 
-def members_digest(members: np.ndarray) -> str:
+def _digest(members: np.ndarray) -> str:
     """Tells removals of one name apart when scores have changed since."""
     return keys.digest("members", np.packbits(members).tobytes().hex()).hex()[:8]
 

@@ -92,12 +92,15 @@ def create(
     """Begin a truth, or open the one that is there, if it is the same.
 
     Raises:
-        OptionError: The folder holds another truth.
+        OptionError: The folder holds another truth, or a query lacks the caption that the model reads.
     """
-    found = datasets.read_dataset(dataset, creator_column=creator_column)
-    items = sorted({item.item_id: item for item in found.items}.values(), key=lambda item: item.item_id)
-    ids = [datasets.item_id(datasets.decode(Path(query.path))[0], query.caption) for query in queries]
     denoiser = finetuning.start(base, recipe, resolution=resolution)
+    found = datasets.read_dataset(dataset, creator_column=creator_column, captions_required=denoiser.conditional)
+    items = sorted({item.item_id: item for item in found.items}.values(), key=lambda item: item.item_id)
+    bare = next((query.path for query in queries if query.caption is None), None) if denoiser.conditional else None
+    if bare is not None:
+        raise OptionError(f"{bare} has no caption, and the model reads captions; give the query its prompt")
+    ids = [datasets.item_id(datasets.decode(Path(query.path))[0], query.caption) for query in queries]
     facts = {
         "format": 1,
         "recipe": asdict(recipe),

@@ -130,3 +130,10 @@ def test_another_truth_in_the_folder_is_refused(truth):
         retraining.create(
             truth.folder, base=truth.base, dataset=truth.dataset, recipe=truth.recipe, queries=truth.queries, draws=4
         )
+
+
+def test_a_query_without_the_caption_that_the_model_reads_is_refused(tmp_path):
+    base, data = tiny_stable_diffusion(tmp_path / "base"), pictures(tmp_path / "data", count=2)
+    bare = [Query(str(data / "000.png"), "trained")]
+    with pytest.raises(OptionError, match=r"000\.png has no caption"):
+        retraining.create(tmp_path / "truth", base=base, dataset=data, recipe=LORA, queries=bare)
