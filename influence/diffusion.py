@@ -10,11 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from influence import keys
 from influence.errors import ModelError
+
+
+MAX_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,25 @@ def draws(
     for row, s in enumerate(wanted):
         eps[row] = pairs[s // 2] if s % 2 == 0 else -pairs[s // 2]
     return torch.from_numpy(t), torch.from_numpy(eps)
+
+
+def num_batches(num_draws: int) -> int:
+    """Into how many disjoint batches the draws of an image are divided: 8 or fewer, of equally many antithetic pairs.
+
+    0 if the draws cannot be divided: then there is no standard error.
+    """
+    pairs, odd = divmod(num_draws, 2)
+    fitting = [] if odd else [b for b in range(2, MAX_BATCHES + 1) if pairs % b == 0]
+    return max(fitting, default=0)
+
+
+def batch_of(num_draws: int) -> Int64[np.ndarray, " draws"]:
+    """The batch of each draw; all in batch 0 if they cannot be divided.
+
+    Pairs go round the batches, and every round begins one batch later: all batches cover the schedule alike.
+    """
+    batches, pair = max(num_batches(num_draws), 1), np.arange(num_draws) // 2
+    return (pair + pair // batches) % batches
 
 
 def curvature_draws(seed: int, item_id: str, num_draws: int, rate: float) -> np.ndarray:

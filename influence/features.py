@@ -45,8 +45,11 @@ class Features:
     """Of n images, in the order given."""
 
     phi: Float32[np.ndarray, "images k"]
+    phi_batch: Float32[np.ndarray, "images batches k"]
+    """φ of disjoint batches of the image's draws (`diffusion.batch_of`); no batches if they cannot be divided."""
     loss: Float32[np.ndarray, " images"]
     """Mean of the output over the image's draws."""
+    loss_batch: Float32[np.ndarray, "images batches"]
     psi: Float32[np.ndarray, "rows k"]
     psi_item: Int32[np.ndarray, " rows"]
     """Index of the image that a curvature row is of."""
@@ -74,42 +77,57 @@ def features(
         GradientError: The engine cannot take a gradient, by name.
     """
     n, k = len(item_ids), recipe.projection.dim
-    phi = torch.zeros(n, k, device=x0.device)
-    total = torch.zeros(n, device=x0.device)
+    batches = diffusion.num_batches(recipe.num_draws)
+    part = max(batches, 1)
+    phi = torch.zeros(n * part, k, device=x0.device)
+    total = torch.zeros(n * part, device=x0.device)
     psi: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    for images, which, curvature in _batches(recipe, item_ids):
+    for rows, which, curvature in _batches(recipe, item_ids):
+        images = rows // part
         inputs, outputs = _prepare(recipe, item_ids, x0, cond, images, which, curvature)
         results = gradients.per_sample_gradients(
             network, recipe.parameters, inputs, outputs, recipe.projection, engine=recipe.engine, bf16=recipe.bf16
         )
-        index = torch.as_tensor(images, device=x0.device)
+        index = torch.as_tensor(rows, device=x0.device)
         phi.index_add_(0, index, results[0].features)
         total.index_add_(0, index, results[0].values.float().unflatten(0, (len(images), -1)).sum(1))
         if curvature:
-            rows = results[1].features.cpu().numpy()
-            psi.append((rows, np.repeat(images, which.shape[1]), which.reshape(-1)))
-    rows = (
-        [np.concatenate(part) for part in zip(*psi, strict=True)] if psi else [np.empty((0, k), np.float32), *[[]] * 2]
+            curved = results[1].features.cpu().numpy()
+            psi.append((curved, np.repeat(images, which.shape[1]), which.reshape(-1)))
+    curved, item, draw = (
+        [np.concatenate(column) for column in zip(*psi, strict=True)]
+        if psi
+        else [np.empty((0, k), np.float32), np.empty(0, np.int64), np.empty(0, np.int64)]
     )
-    item, draw = np.asarray(rows[1], np.int32), np.asarray(rows[2], np.int32)
     order = np.lexsort((draw, item))
-    return Features(phi.cpu().numpy(), total.cpu().numpy(), rows[0][order], item[order], draw[order])
+    phi, total = phi.unflatten(0, (n, part)), total.unflatten(0, (n, part))
+    return Features(
+        phi=phi.sum(1).cpu().numpy(),
+        phi_batch=(phi[:, :batches] * batches).cpu().numpy(),
+        loss=total.sum(1).cpu().numpy(),
+        loss_batch=(total[:, :batches] * batches).cpu().numpy(),
+        psi=curved[order],
+        psi_item=item[order].astype(np.int32),
+        psi_draw=draw[order].astype(np.int32),
+    )
 
 
 def _batches(recipe: Recipe, item_ids: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
-    """Split the (image, draw) rows into batches with equally many draws per image.
+    """Split the (image, draw) rows into forwards with equally many draws per row of φ.
 
-    Draws that give a curvature row are apart from the others, so that the second backward covers these alone.
+    A row of φ is of one image and one batch of its draws. Draws that give a curvature row are apart from the others, so
+    that the second backward covers these alone.
 
     Yields:
-        Indices of images `[images]`, their draws `[images, draws]`, and whether these give curvature rows.
+        Indices of rows of φ `[rows]`, their draws `[rows, draws]`, and whether these give curvature rows.
     """
-    everything = np.arange(recipe.num_draws)
+    batch = diffusion.batch_of(recipe.num_draws)
+    parts = [np.flatnonzero(batch == b) for b in range(batch.max() + 1)]
     chosen = [
         diffusion.curvature_draws(recipe.seed, item_id, recipe.num_draws, recipe.curvature_rate) for item_id in item_ids
     ]
     for curvature in (True, False):
-        lists = [c if curvature else np.setdiff1d(everything, c) for c in chosen]
+        lists = [part[np.isin(part, c, invert=not curvature)] for c in chosen for part in parts]
         for count in sorted({len(draws) for draws in lists} - {0}):
             images = np.array([i for i, draws in enumerate(lists) if len(draws) == count])
             step = max(1, recipe.batch_size // count)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from influence import datasets, executors, gradients, models, spec, store
+from influence import datasets, diffusion, executors, gradients, models, spec, store
 from influence.errors import DatasetError, GradientError, OptionError
 from influence.features import Features, Recipe, features
 from influence.models import Denoiser
@@ -268,7 +268,12 @@ def _open_or_create(
     return store.create(
         path,
         spec=loaded.spec,
-        build={"draws": options.draws, "curvature_rows": wanted, "curvature_rate": rate},
+        build={
+            "draws": options.draws,
+            "batches": diffusion.num_batches(options.draws),
+            "curvature_rows": wanted,
+            "curvature_rate": rate,
+        },
         source={
             "dataset": options.dataset,
             "dataset_sha256": datasets.dataset_fingerprint(data.items),
@@ -453,11 +458,15 @@ def _content(
     good &= ~np.isin(np.arange(len(ids)), list(bad_psi))
     index = np.cumsum(good) - 1
     keep = good[taken.psi_item]
+    scale = np.abs(taken.phi_batch[good]).max(2, initial=0)
+    half = (taken.phi_batch[good] / np.where(scale > 0, scale, 1)[:, :, None]).astype(np.float16)
     return ShardContent(
         family=family,
         shard=shard,
         item_ids=[item_id for item_id, ok in zip(ids, good, strict=True) if ok],
         phi=taken.phi[good],
+        phi_batch=half,
+        phi_scale=scale,
         loss=taken.loss[good],
         psi=taken.psi[keep],
         psi_item=index[taken.psi_item[keep]].astype(np.int32),
@@ -513,6 +522,6 @@ def plan(
         "dim": k,
         "engine": recipe.engine,
         "device": _device(chosen.device),
-        "disk_bytes": 4 * k * (n + rows),
+        "disk_bytes": 4 * k * (n + rows) + 2 * k * n * diffusion.num_batches(chosen.draws),
         "seconds": seconds[0] - seconds[1] + seconds[1] * n / len(sample),
     }

@@ -24,7 +24,7 @@ Layout = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 """Shape and type of each dataset."""
 
 _FILE = re.compile(r"[a-z]+-[0-9]{6}-[0-9a-f]{32}\.h5")
-_OVERHEAD = 1 << 16  # HDF5's own share of a file; 2.9 kB as written
+_OVERHEAD = 1 << 16  # HDF5's own share of a file; 4.4 kB as written
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ class ShardContent:
     item_ids: list[str]
     phi: np.ndarray
     """φ, float32 `[items, k]`."""
+    phi_batch: np.ndarray
+    """φ of disjoint batches of the draws, relative to `phi_scale`, float16 `[items, batches, k]`: for errors only."""
+    phi_scale: np.ndarray
+    """Largest entry of each row of `phi_batch`, float32 `[items, batches]`."""
     loss: np.ndarray
     """Mean of the output over the image's draws, float32 `[items]`."""
     psi: np.ndarray
@@ -119,19 +123,22 @@ def read_record(path: Path, store: Mapping[str, str]) -> Record:
     return record
 
 
-def read_content(folder: Path, record: Record, dim: int, expected_ids: list[str] | None) -> ShardContent:
+def read_content(
+    folder: Path, record: Record, dim: int, batches: int, expected_ids: list[str] | None
+) -> ShardContent:
     """Read a shard whose hash has been checked.
 
     Args:
         folder: Where its file is.
         record: Its record.
         dim: k.
+        batches: Disjoint batches of the draws of an image.
         expected_ids: The images of the shard; `None` if nothing says whose features it has.
 
     Raises:
         StoreError: The file is not what its record says, or of other images.
     """
-    found = read(folder / record.file, layout(record.rows, record.psi_rows, dim))
+    found = read(folder / record.file, layout(record.rows, record.psi_rows, dim, batches))
     ids = [item_id.decode("ascii", "replace") for item_id in found.pop("item_id").tolist()]
     if expected_ids is not None and sorted([*ids, *record.refused]) != expected_ids:
         raise StoreError(f"{record.file} holds other images than the store's table names for its shard; {ADVICE}")
@@ -140,12 +147,13 @@ def read_content(folder: Path, record: Record, dim: int, expected_ids: list[str]
     return content
 
 
-def check_content(content: ShardContent, dim: int, expected_ids: list[str]) -> None:
+def check_content(content: ShardContent, dim: int, batches: int, expected_ids: list[str]) -> None:
     """Refuse what must not be committed.
 
     Args:
         content: The shard.
         dim: k.
+        batches: Disjoint batches of the draws of an image.
         expected_ids: The images of the shard, in order.
 
     Raises:
@@ -163,7 +171,7 @@ def check_content(content: ShardContent, dim: int, expected_ids: list[str]) -> N
         )
     if content.item_ids != sorted(content.item_ids):
         raise StoreError(f"images of {name} are not in the order of their ids")
-    wanted = layout(len(content.item_ids), len(content.psi), dim)
+    wanted = layout(len(content.item_ids), len(content.psi), dim, batches)
     for key, array in arrays(content).items():
         shape, dtype = wanted[key]
         if array.shape != shape or array.dtype != dtype:
@@ -178,7 +186,7 @@ def check_finite(name: str, content: ShardContent) -> None:
     Raises:
         StoreError: Some are NaN or infinite.
     """
-    for key in ("phi", "loss", "psi"):
+    for key in ("phi", "phi_batch", "phi_scale", "loss", "psi"):
         if not np.isfinite(getattr(content, key)).all():
             raise StoreError(f"{key} of {name} holds NaN or infinity; such images are refused by name")
 
@@ -208,6 +216,8 @@ def without(content: ShardContent, excluded: set[str]) -> ShardContent:
         content.shard,
         [item_id for item_id in content.item_ids if item_id not in excluded],
         phi=content.phi[good],
+        phi_batch=content.phi_batch[good],
+        phi_scale=content.phi_scale[good],
         loss=content.loss[good],
         psi=content.psi[keep],
         psi_item=(np.cumsum(good) - 1)[content.psi_item[keep]].astype(np.int32),
@@ -219,10 +229,12 @@ def without(content: ShardContent, excluded: set[str]) -> ShardContent:
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
-def layout(items: int, rows: int, dim: int) -> Layout:
+def layout(items: int, rows: int, dim: int, batches: int) -> Layout:
     """Shape and type of every dataset of a shard."""
     return {
         "phi": ((items, dim), np.dtype("<f4")),
+        "phi_batch": ((items, batches, dim), np.dtype("<f2")),
+        "phi_scale": ((items, batches), np.dtype("<f4")),
         "loss": ((items,), np.dtype("<f4")),
         "item_id": ((items,), np.dtype("S32")),
         "psi": ((rows, dim), np.dtype("<f4")),
@@ -246,6 +258,8 @@ def arrays(content: ShardContent) -> dict[str, np.ndarray]:
     """The datasets of a shard, by name."""
     return {
         "phi": content.phi,
+        "phi_batch": content.phi_batch,
+        "phi_scale": content.phi_scale,
         "loss": content.loss,
         "item_id": np.array([item_id.encode("ascii") for item_id in content.item_ids], dtype="S32"),
         "psi": content.psi,

@@ -47,6 +47,11 @@ class Identity:
     build: dict[str, Any]
     source: dict[str, Any]
 
+    @property
+    def batches(self) -> int:
+        """Disjoint batches of the draws of an image, of which features are kept."""
+        return self.build.get("batches", 0)
+
     @functools.cached_property
     def names(self) -> dict[str, str]:
         """The fields by which a record shows that it is of this store."""
@@ -245,7 +250,8 @@ class Store:
         if version not in self._trusted:
             commit.check_hash(folder, record)
             self._trusted.add(version)
-        content = shards.read_content(folder, record, self.spec.dim, self.shard_items(record.shard))
+        batches = self._identity.batches
+        content = shards.read_content(folder, record, self.spec.dim, batches, self.shard_items(record.shard))
         return shards.without(content, self.excluded)
 
     # Writing --------------------------------------------------------------------------------------------------------
@@ -257,7 +263,7 @@ class Store:
             StoreError: The content is not of this store, or not finite; the disk fails; or another builder's shard has
                 other images.
         """
-        shards.check_content(content, self.spec.dim, self.shard_items(content.shard))
+        shards.check_content(content, self.spec.dim, self._identity.batches, self.shard_items(content.shard))
         arrays = shards.arrays(content)
         name = f"{content.family}-{content.shard:06d}"
         folder, final = self.path / "shards", shards.record_path(self.path / "shards", content.family, content.shard)
@@ -267,7 +273,8 @@ class Store:
             commit.write(temporary, data)
             del data
             commit.step("verify")
-            back = shards.read(temporary, shards.layout(len(content.phi), len(content.psi), self.spec.dim))
+            rows = len(content.phi), len(content.psi)
+            back = shards.read(temporary, shards.layout(*rows, self.spec.dim, self._identity.batches))
             if any(not np.array_equal(back[key], array) for key, array in arrays.items()):
                 raise StoreError(f"shard {name} was read back with other values than were written: check the disk")
             commit.step("hash")
@@ -403,6 +410,9 @@ def read_identity(folder: Path) -> Identity:
     dim = parts[0].get("dim")
     if type(dim) is not int or dim < 1:
         raise StoreError(f"{path} has dim {dim!r}; expected a positive number")
+    batches = parts[1].get("batches", 0)
+    if type(batches) is not int or batches < 0:
+        raise StoreError(f"{path} has batches {batches!r}; expected 0 or more")
     spec = FeatureSpec.from_json(parts[0])
     for name in _FOLDERS:
         inside = folder / name

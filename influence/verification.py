@@ -87,7 +87,8 @@ def verify(
             commit.check_size(path.parent, record)
             commit.check_hash(path.parent, record, thorough=True)
             if identity is not None:
-                content = shards.read_content(path.parent, record, identity.spec.dim, list(ids) if whole else None)
+                shape = identity.spec.dim, identity.batches
+                content = shards.read_content(path.parent, record, *shape, list(ids) if whole else None)
                 shards.check_finite(record.file, content)
     if progress is not None:
         progress("verifying", len(paths), len(paths))

@@ -25,7 +25,7 @@ SPEC = FeatureSpec(
     seed=0,
     dtype="fp32",
 )
-BUILD = {"draws": 4, "curvature_rows": 12, "curvature_rate": 1.5}
+BUILD = {"draws": 4, "batches": 2, "curvature_rows": 12, "curvature_rate": 1.5}
 
 
 def with_spec(**changes):
@@ -55,6 +55,8 @@ def content_of(made, shard, refuse=(), family="loss", **changes):
         "shard": shard,
         "item_ids": ids,
         "phi": rng.standard_normal((n, k), dtype=np.float32),
+        "phi_batch": rng.random((n, made.build["batches"], k), dtype=np.float32).astype(np.float16),
+        "phi_scale": rng.random((n, made.build["batches"]), dtype=np.float32),
         "loss": rng.random(n, dtype=np.float32),
         "psi": rng.standard_normal((2 * rows, k), dtype=np.float32),
         "psi_item": np.repeat(np.arange(rows), 2).astype(np.int32),

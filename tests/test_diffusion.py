@@ -91,3 +91,18 @@ def test_zero_terminal_snr_gives_finite_losses():
     x0, _, eps = rows(2)
     t = torch.tensor([999, 999])
     assert torch.isfinite(diffusion.losses(ours, x0, x0, t, eps)).all()
+
+
+@pytest.mark.parametrize(("draws", "batches"), [(40, 5), (256, 8), (80, 8), (4, 2), (6, 3), (2, 0), (7, 0), (1, 0), (22, 0)])
+def test_batches_hold_equally_many_antithetic_pairs_from_all_over_the_schedule(draws, batches):
+    assert diffusion.num_batches(draws) == batches
+    batch = diffusion.batch_of(draws)
+    assert len(batch) == draws
+    if not batches:
+        assert not batch.any()
+        return
+    assert (np.bincount(batch) == draws // batches).all()
+    assert (batch[0::2] == batch[1::2]).all(), "a pair stays together"
+    means = [np.flatnonzero(batch == b).mean() for b in range(batches)]
+    if draws >= 8 * batches:
+        assert max(means) - min(means) < draws / 8, "every batch has early and late timesteps"

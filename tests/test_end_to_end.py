@@ -53,6 +53,16 @@ def rows_of(store):
     return phi, psi
 
 
+def test_features_of_batches_are_kept_and_average_to_the_feature(world, tmp_path):
+    build(world, tmp_path / "s")
+    for content in influence.open_store(tmp_path / "s").blocks():
+        parts = content.phi_batch.astype(np.float32) * content.phi_scale[:, :, None]
+        assert parts.shape == (len(content.phi), 2, 256) and np.abs(content.phi_batch).max() == 1
+        largest = np.abs(content.phi).max(1, keepdims=True)
+        np.testing.assert_allclose(parts.mean(1) / largest, content.phi / largest, atol=2e-3)
+        assert np.abs(parts[:, 0] - parts[:, 1]).max() > 0.01 * np.abs(content.phi).max(), "other draws"
+
+
 def same(a, b, tolerance=1e-5):
     for first, second in zip(rows_of(a), rows_of(b), strict=True):
         assert first.keys() == second.keys()
