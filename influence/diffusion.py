@@ -16,7 +16,6 @@ from torch import Tensor
 from influence import keys
 from influence.errors import ModelError
 
-
 MAX_BATCHES = 8
 
 

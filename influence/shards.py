@@ -123,9 +123,7 @@ def read_record(path: Path, store: Mapping[str, str]) -> Record:
     return record
 
 
-def read_content(
-    folder: Path, record: Record, dim: int, batches: int, expected_ids: list[str] | None
-) -> ShardContent:
+def read_content(folder: Path, record: Record, dim: int, batches: int, expected_ids: list[str] | None) -> ShardContent:
     """Read a shard whose hash has been checked.
 
     Args:
