@@ -25,7 +25,7 @@ from influence.pipeline import (
     take_arrays,
     with_changes,
 )
-from influence.scoring import METHODS
+from influence.scoring import METHODS, Groups
 from influence.store import Store
 
 
@@ -103,7 +103,7 @@ def attribute(
         run_shards(made, chosen.family, loaded, options, data, 1, progress, message)
     phi_q = query_features(loaded, chosen.family, paths, prompts, progress, message)
     groups = _groups(made, chosen.family)
-    num_train = float(sum(sum(files.values()) for files in groups.values()))
+    num_train = float(groups.files.sum())
     factored = solver(made, chosen, damping) if chosen.curvature else None
     v = scoring.precondition(chosen, torch.from_numpy(phi_q), factored, num_train)
     table = _rank(made, chosen, v, [str(path) for path in paths], k, groups)
@@ -155,27 +155,23 @@ def query_features(
     return np.concatenate(rows)
 
 
-def _groups(made: Store, family: str) -> dict[str, dict[str, int]]:
+def _groups(made: Store, family: str) -> Groups:
     """For each image that has features, how many files of each creator it is."""
     items = made.items[~made.items["item_id"].isin(list(made.refused(family)))]
-    counts = items.groupby(["item_id", "creator"], sort=True).size()
-    groups: dict[str, dict[str, int]] = {}
-    for (item_id, creator), files in counts.items():
-        groups.setdefault(item_id, {})[creator] = int(files)
-    return groups
+    return scoring.groups(items["item_id"], items["creator"])
 
 
 def solver(made: Store, method: scoring.Method, damping: float) -> Curvature:
     """Factor H + λI, or read it back if it was factored before: named by all that it depends on."""
-    files = made.items.groupby("item_id").size()
-    weights = {item_id: float(n) for item_id, n in files.items()}
-    key = (made.family_hash(method.family), method.curvature, repr(float(damping)), repr(sorted(weights.items())))
+    weights = made.items["item_id"].value_counts().astype(float)
+    several = sorted(weights[weights > 1].items())  # the others weigh 1 each
+    key = (made.family_hash(method.family), method.curvature, repr(float(damping)), repr(several))
     name = f"curvature-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.safetensors"
     num_rows = made.num_rows(method.family)[method.curvature == "psi"]
 
     def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for content in made.blocks(method.family):
-            w = np.array([weights[item_id] for item_id in content.item_ids])
+            w = weights[content.item_ids].to_numpy()
             if method.curvature == "psi":
                 yield content.psi, w[content.psi_item]
             else:
@@ -199,29 +195,28 @@ def _rank(
     v: torch.Tensor,
     queries: Sequence[str],
     k: int | None,
-    groups: dict[str, dict[str, int]],
+    groups: Groups,
 ) -> pd.DataFrame:
     """Scan the store once for all queries; keep the best k of each, and the totals of the creators."""
-    limit = len(groups) if k is None else k
+    limit = len(groups.ids) if k is None else k
     best: list[scoring.Ranked] = [[] for _ in queries]
-    totals: list[dict[str, float]] = [{} for _ in queries]
+    totals = np.zeros((len(queries), len(groups.names)))
     blocks = ((content.item_ids, content.phi) for content in made.blocks(method.family))
     for ids, tau in scoring.scores(method, v, blocks):
-        for q in range(len(queries)):
-            best[q] = scoring.top(best[q], ids, tau[q], limit)
-            scoring.group_totals(totals[q], ids, tau[q], groups)
-    files = dict(iter(made.items.sort_values("file_name").groupby("item_id")))
-    rows = []
-    for query, ranked in zip(queries, best, strict=True):
-        listed = [(item, score) for score, item_id in ranked for item in files[item_id].itertuples()][: k or None]
-        for rank, (item, score) in enumerate(listed, 1):
-            caption = None if pd.isna(item.caption) else item.caption
-            rows.append((query, rank, item.item_id, item.file_name, item.creator, caption, score))
-    table = pd.DataFrame(rows, columns=["query", "rank", "item_id", "file_name", "creator", "caption", "score"])
+        best = [scoring.top(so_far, ids, row, limit) for so_far, row in zip(best, tau, strict=True)]
+        totals += scoring.group_totals(groups, ids, tau)
+    ranked = [(q, query, item_id, score) for q, query in enumerate(queries) for score, item_id in best[q]]
+    table = pd.DataFrame(ranked, columns=["number", "query", "item_id", "score"])
+    files = made.items[made.items["item_id"].isin(table["item_id"])].sort_values("file_name")
+    table = table.merge(files, on="item_id")  # keeps the order of scores, and under it that of the files
+    table["rank"] = table.groupby("number").cumcount() + 1
+    table = table[table["rank"] <= (k or len(table))]
+    table["caption"] = table["caption"].astype(object).where(table["caption"].notna(), None)
+    table = table[["query", "rank", "item_id", "file_name", "creator", "caption", "score"]].reset_index(drop=True)
     counts = made.items.groupby("creator").size()
     table.attrs["creator_totals"] = [
-        {"query": query, "creator": creator, "total": total, "images": int(counts[creator])}
-        for query, of in zip(queries, totals, strict=True)
-        for creator, total in sorted(of.items(), key=lambda pair: (-pair[1], pair[0]))
+        {"query": query, "creator": creator, "total": float(total), "images": int(counts[creator])}
+        for query, row in zip(queries, totals, strict=True)
+        for creator, total in sorted(zip(groups.names, row, strict=True), key=lambda pair: (-pair[1], pair[0]))
     ]
     return table

@@ -4,12 +4,13 @@ The query is preconditioned once, v = C⁻¹ φ_q, and τ(q, i) = v · φ_i for 
 block by block, and stays as it was written. N is the number of training images, φ their features.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+import pandas as pd
 from jaxtyping import Float, Float32, Float64
+from scipy import sparse
 from torch import Tensor
 
 from influence.curvature import Curvature, solve
@@ -65,41 +66,69 @@ def precondition(
 
 Block = tuple[Sequence[str], Float32[np.ndarray, "_ _"]]
 
+_ROWS = 1024  # in one product: the rows that are read and the scores that are written stay in the cache
+
 
 def scores(
     method: Method, v: Float64[Tensor, "query k"], blocks: Iterable[Block]
 ) -> Iterator[tuple[Sequence[str], Float64[np.ndarray, "_ _"]]]:
-    """Score block by block: item ids `[train]` and τ `[query, train]`.
+    """Score block by block: item ids `[train]` and τ `[query, train]`; rows are multiplied where they lie, uncopied.
 
     Raises:
         OptionError: The cosine with a training image without gradient is wanted.
     """
-    v32 = v.float()
+    columns = np.ascontiguousarray(v.float().numpy().T)
     for ids, phi in blocks:
-        rows = torch.tensor(phi)
-        tau = (v32 @ rows.T).double()
+        tau = np.empty((len(phi), len(v)), np.float32)
+        norm = np.empty(len(phi))
+        for start in range(0, len(phi), _ROWS):
+            rows = slice(start, start + _ROWS)
+            np.matmul(phi[rows], columns, out=tau[rows])
+            if method.cosine:
+                norm[rows] = np.linalg.norm(phi[rows], axis=1)
         if method.cosine:
-            norm = rows.norm(dim=1).double()
-            if not bool((norm > 0).all()):
-                zero = ids[int((norm == 0).nonzero()[0, 0])]
+            if not (norm > 0).all():
+                zero = ids[int(np.argmin(norm))]
                 raise OptionError(f"grad-cos is undefined: the gradient of image {zero} is zero; use another --method")
-            tau = tau / norm
-        yield ids, tau.numpy()
+            yield ids, tau.T / norm
+        else:
+            yield ids, tau.T.astype(np.float64)
 
 
 Ranked = list[tuple[float, str]]
 
 
-def top(best: Ranked, ids: Iterable[str], tau: Iterable[float], k: int) -> Ranked:
+def top(best: Ranked, ids: Sequence[str], tau: Float64[np.ndarray, "_"], k: int) -> Ranked:
     """Merge new scores into the best k so far, highest first; ties in the order of ids. Associative."""
-    merged = best + [(float(score), item_id) for item_id, score in zip(ids, tau, strict=True)]
+    least = best[-1][0] if len(best) == k else -np.inf
+    if len(tau) > k:
+        least = max(least, np.partition(tau, -k)[-k])
+    merged = best + [(float(tau[i]), ids[i]) for i in np.flatnonzero(tau >= least)]
     return sorted(merged, key=lambda pair: (-pair[0], pair[1]))[:k]
 
 
+@dataclass(frozen=True)
+class Groups:
+    """How many files of each group every image is."""
+
+    ids: pd.Index
+    """Images."""
+    names: list[str]
+    """Groups, in order."""
+    files: sparse.csr_array
+    """`[images, groups]`."""
+
+
+def groups(ids: pd.Series, names: pd.Series) -> Groups:
+    """Count files, of which each is given by its image and its group."""
+    image, group = pd.Categorical(ids), pd.Categorical(names)
+    shape = (len(image.categories), len(group.categories))
+    files = sparse.coo_array((np.ones(len(image)), (image.codes, group.codes)), shape=shape).tocsr()
+    return Groups(image.categories, list(group.categories), files)
+
+
 def group_totals(
-    totals: dict[str, float], ids: Iterable[str], tau: Iterable[float], groups: Mapping[str, Mapping[str, int]]
-) -> None:
-    """Add signed scores to their groups, in place; `groups` says how many files of each group an image is."""
-    for item_id, score in zip(ids, tau, strict=True):
-        for group, files in groups[item_id].items():
-            totals[group] = totals.get(group, 0.0) + files * float(score)
+    groups: Groups, ids: Sequence[str], tau: Float64[np.ndarray, "query train"]
+) -> Float64[np.ndarray, "query groups"]:
+    """Signed sums of scores over the files of each group; of blocks of images, these are added."""
+    return (groups.files[groups.ids.get_indexer(pd.Index(ids))].T @ tau.T).T

@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -120,15 +121,17 @@ def test_top_k_is_the_sorted_head_however_the_scores_come(pairs, k, data):
     best, rest = [], list(pairs)
     while rest:
         cut = data.draw(st.integers(1, len(rest)))
-        best = scoring.top(best, [i for _, i in rest[:cut]], [s for s, _ in rest[:cut]], k)
+        best = scoring.top(best, [i for _, i in rest[:cut]], np.array([s for s, _ in rest[:cut]]), k)
         rest = rest[cut:]
     assert best == expected
 
 
 def test_totals_are_signed_sums_counting_every_file():
-    totals = {}
-    scoring.group_totals(totals, ["a", "b"], [1.0, -3.0], {"a": {"x": 2, "y": 1}, "b": {"x": 1}})
-    assert totals == {"x": -1.0, "y": 1.0}
+    groups = scoring.groups(pd.Series(["b", "a", "a", "a", "c"]), pd.Series(["x", "x", "y", "x", "z"]))
+    first = scoring.group_totals(groups, ["b", "a"], np.array([[-3.0, 1.0], [0.5, 0.25]]))
+    second = scoring.group_totals(groups, ["c"], np.array([[7.0], [0.0]]))
+    assert groups.names == ["x", "y", "z"] and groups.files.sum() == 5
+    assert (first + second).tolist() == [[-1.0, 1.0, 7.0], [1.0, 0.25, 0.0]]
 
 
 def test_a_cosine_without_gradient_is_refused_not_made_up():
