@@ -101,6 +101,16 @@ def cli() -> None:
 @click.option("--resolution", type=int, help="Pixels of a side.  [default: the model's own]")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
 @click.option("--workers", type=int, default=1, show_default=True, help="Processes.")
+@click.option(
+    "--controls",
+    type=click.Path(path_type=Path),
+    help="Pictures that were never trained on, best of the same kind: scores are compared with theirs.",
+)
+@click.option(
+    "--base",
+    type=click.Path(path_type=Path),
+    help="The pipeline that all weights were fine-tuned from; a LoRA's is known.",
+)
 @click.option("--plan", is_flag=True, help="Say what it would cost, from two measured batches, and write nothing.")
 @_compute
 def build(dataset: Path, store: Path | None, plan: bool, workers: int, **options: Any) -> None:
@@ -163,6 +173,8 @@ class _Count(click.ParamType):
 @click.option("--prompt", help="What the picture was made with; needed if the model reads captions.")
 @click.option("--model", type=click.Path(path_type=Path), help="Where the model is now, if it was moved.")
 @click.option("--lora", type=click.Path(path_type=Path), help="Where the LoRA is now, if it was moved.")
+@click.option("--base", type=click.Path(path_type=Path), help="The pipeline before the fine-tune, if build named none.")
+@click.option("--intervals/--no-intervals", default=True, show_default=True, help="Standard errors of the scores.")
 @click.option("--output", type=click.Path(path_type=Path), help="FILE.csv, .parquet or .json")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @_compute
@@ -211,20 +223,37 @@ def _print_table(query: str, rows: pd.DataFrame, attrs: dict[str, Any]) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
     click.echo(clean(f"{query} · {attrs['method']}"))
     top = Table()
-    for name in ("rank", "score", "creator", "file", "caption"):
-        top.add_column(name, justify="right" if name in ("rank", "score") else "left", overflow="fold")
+    text = ("creator", "file", "caption")
+    for name in ("rank", "score", "95 % interval", "p", "q", *text):
+        top.add_column(name, justify="left" if name in text else "right", overflow="fold")
     for row in rows.itertuples():
-        cells = (str(row.rank), f"{row.score:+.4g}", row.creator, row.file_name, row.caption or "")
+        interval = f"{row.score_low:+.3g} … {row.score_high:+.3g}" if row.score_se == row.score_se else ""
+        numbers = (str(row.rank), f"{row.score:+.4g}", interval, _number(row.p_value), _number(row.q_value))
+        cells = (*numbers, row.creator, row.file_name, row.caption or "")
         top.add_row(*(escape(clean(cell)) for cell in cells))
     console.print(top)
     click.echo("by creator, signed sum over all images:")
     totals = Table()
-    for name in ("total", "images", "creator"):
+    for name in ("total", "p", "q", "images", "creator"):
         totals.add_column(name, justify="left" if name == "creator" else "right", overflow="fold")
-    for entry in attrs["creator_totals"]:
+    for entry in attrs["creators"]:
         if entry["query"] == query:
-            totals.add_row(f"{entry['total']:+.4g}", str(entry["images"]), escape(clean(entry["creator"])))
+            numbers = f"{entry['total']:+.4g}", _number(entry["p_value"]), _number(entry["q_value"])
+            totals.add_row(*numbers, str(entry["images"]), escape(clean(entry["creator"])))
     console.print(totals)
+    for entry in attrs["queries"]:
+        if entry["query"] == query and entry["gain"] is not None:
+            click.echo(
+                f"loss under the base {entry['loss_base']:.4g}, under the fine-tune {entry['loss_finetuned']:.4g}: "
+                f"gain {entry['gain']:+.3g}" + (f" ± {entry['gain_se']:.2g}" if entry["gain_se"] is not None else "")
+            )
+    if not attrs["controls"]:
+        click.echo("no controls: nothing here says whether a score is more than chance (build --controls DIR)")
+
+
+def _number(value: float) -> str:
+    """A p- or q-value; nothing where there is none."""
+    return "" if value != value else f"{value:.3f}"
 
 
 @cli.command()

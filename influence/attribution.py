@@ -1,32 +1,30 @@
-"""Attribute pictures with a store: features of the query → scores of all training images → a table."""
+"""Attribute pictures with a store: features of the query → scores of all training images → significance → a table."""
 
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float, Float64
 
 from influence import curvature as curvatures
-from influence import datasets, scoring, store
+from influence import scoring, significance
+from influence import store as stores
 from influence.curvature import Curvature
-from influence.errors import GradientError, OptionError, StoreError
-from influence.pipeline import (
-    DEFAULT_BATCH,
-    Loaded,
-    Message,
-    Progress,
-    load_for,
-    read,
-    run_shards,
-    silent,
-    take_arrays,
-    with_changes,
-)
+from influence.errors import OptionError, StoreError
+from influence.pipeline import DEFAULT_BATCH, Loaded, Message, Progress, load_for, read, run_shards, silent
+from influence.queries import Queries, load_base, read_queries
 from influence.scoring import METHODS, Groups
 from influence.store import Store
+
+COLUMNS = [
+    "query", "rank", "item_id", "file_name", "creator", "caption", "score", "score_se", "score_low", "score_high",
+    "leverage", "score_adj", "p_value", "q_value",
+]  # fmt: skip
 
 
 def attribute(
@@ -38,8 +36,10 @@ def attribute(
     damping: float = 0.1,
     draws: int = 256,
     prompt: str | Sequence[str] | None = None,
+    intervals: bool = True,
     model: str | os.PathLike[str] | None = None,
     lora: str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str] | None = None,
     engine: str = "auto",
     batch_size: int = DEFAULT_BATCH,
     device: str = "auto",
@@ -56,8 +56,10 @@ def attribute(
         damping: λ in units of tr(H)/k.
         draws: S of a query.
         prompt: The prompt that the pictures were made with, or one for each; needed if the model reads captions.
+        intervals: Whether to give standard errors: a second scan of the store, of more bytes than the first.
         model: Where the model is now, if it was moved since the store was built.
         lora: Where the LoRA is now.
+        base: The pipeline that the fine-tune started from, if it was not named at build; a LoRA's is known.
         engine: As for `build`.
         batch_size: As for `build`.
         device: As for `build`.
@@ -65,22 +67,146 @@ def attribute(
         message: Called with lines that a person must see.
 
     Returns:
-        Columns query, rank, item_id, file_name, creator, caption, score; rows by query and rank. `attrs` holds
-        `creator_totals`: for each query and creator the signed sum over *all* images, and `method`, `damping`, `draws`.
+        Columns query, rank, item_id, file_name, creator, caption; score, its standard error and 95 % interval (of draws
+        alone, not of training again), leverage h, score_adj = score / (1 − h); p_value of score_adj against controls
+        and q_value over all images (NaN without controls); rows by query and rank. `attrs` holds `creators` (for each
+        query and creator the signed sum of score_adj over *all* images, its p and q against groups of controls),
+        `queries` (losses), `method`, `damping`, `draws`, `formula`, `controls` (how many).
 
     Raises:
         InfluenceError: An input cannot be used, or the model is not the one of the store.
     """
-    made = store if isinstance(store, Store) else _open(store)
+    if k is not None and k < 1:
+        raise OptionError(f"k is {k}; expected at least 1, or all")
+    return score(
+        images, store, k=k, method=method, damping=damping, draws=draws, prompt=prompt, intervals=intervals,
+        model=model, lora=lora, base=base, engine=engine, batch_size=batch_size, device=device, progress=progress,
+        message=message,
+    ).table  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of pictures, with all that answers are made of."""
+
+    store: Store
+    loaded: Loaded
+    queries: Queries
+    table: pd.DataFrame
+    """As `attribute` returns it."""
+    creators: "Creators"
+    controls: "Controls | None"
+
+
+@dataclass(frozen=True)
+class Creators:
+    """Sums over the images of each creator, of leave-one-out-corrected scores."""
+
+    names: list[str]
+    images: Float64[np.ndarray, " creators"]
+    """Files."""
+    totals: Float64[np.ndarray, "query creators"]
+    squares: Float64[np.ndarray, "query creators"]
+    """Sums of squared scores."""
+    by_batch: Float64[np.ndarray, "batches query creators"]
+    """Totals with one batch of the query's draws in place of all; no batches without intervals."""
+    train_variance: Float64[np.ndarray, "query creators"]
+    """Variance of the totals from the training images' draws."""
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Images that were never trained on."""
+
+    item_ids: list[str]
+    creators: list[str]
+    scores: Float64[np.ndarray, "query controls"]
+    """NaN where the control is the query itself."""
+
+    def of(self, query: int) -> Float[np.ndarray, " controls"]:
+        """Scores for one query, without itself."""
+        row = self.scores[query]
+        return row[~np.isnan(row)]
+
+
+def score(
+    images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    store: str | os.PathLike[str] | Store,
+    *,
+    k: int | None,
+    method: str,
+    damping: float,
+    draws: int,
+    prompt: str | Sequence[str] | None,
+    intervals: bool,
+    model: str | os.PathLike[str] | None,
+    lora: str | os.PathLike[str] | None,
+    base: str | os.PathLike[str] | None,
+    engine: str,
+    batch_size: int,
+    device: str,
+    progress: Progress,
+    message: Message,
+) -> Scored:
+    """Score pictures; arguments as for `attribute`.
+
+    Raises:
+        InfluenceError: As for `attribute`.
+    """
+    made = store if isinstance(store, Store) else stores.open_store(store)
     made.refresh()
     if made.excluded:
         message(f"{len(made.excluded)} images of store {made.path.name} are excluded")
     if method not in METHODS:
         raise OptionError(f"method {method!r} is unknown; expected one of {', '.join(METHODS)}")
-    if k is not None and k < 1:
-        raise OptionError(f"k is {k}; expected at least 1, or all")
     chosen = METHODS[method]
     require_complete(made)
+    paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
+    prompts = _prompts(made, prompt, len(paths))
+    loaded, options = load_for(
+        made, model=model, lora=lora, draws=draws, engine=engine, batch_size=batch_size, device=device, message=message
+    )
+    controls = made.controls()
+    for part in (made, controls):
+        if part is not None and part.missing(chosen.family):
+            if chosen.family == "loss":
+                raise StoreError(f"the controls of store {made.path.name} are not complete; run the same build again")
+            message(f"{method} needs gradients of another output of the images: taking them once, kept in the store")
+            data = read(part.source["dataset"], loaded.denoiser, part.source["creator_column"], progress, message)
+            run_shards(part, chosen.family, loaded, options, data, 1, progress, message)
+    before = load_base(made, base, str(next(iter(loaded.denoiser.parameters.values())).device))
+    asked = read_queries(loaded, chosen.family, paths, prompts, progress, message, before)
+    groups = _groups(made, chosen.family)
+    num_train = float(groups.files.sum())
+    factored = solver(made, chosen, damping) if chosen.curvature else None
+    h = leverages(made, chosen, damping, factored, groups)
+    v = scoring.precondition(chosen, torch.from_numpy(asked.phi), factored, num_train)
+    compared = None if controls is None else _control_scores(controls, chosen, v, asked)
+    table, creators = _rank(made, chosen, v, asked, k, groups, h, compared)
+    if intervals:
+        parts = _by_batch(chosen, asked, factored, num_train)
+        table, creators = _with_errors(made, chosen, v, parts, groups, h, table, creators)
+    count = 0 if compared is None else len(compared.item_ids)
+    if 0 < count < significance.MIN_CONTROLS:
+        message(
+            f"there are {count} controls: no p-value can be below {1 / (1 + count):.2g}; "
+            f"pass {significance.MIN_CONTROLS} or more to build --controls"
+        )
+    table = table[COLUMNS]
+    table.attrs = {
+        "method": method,
+        "damping": damping,
+        "draws": draws,
+        "formula": chosen.formula,
+        "controls": count,
+        "creators": _creator_rows(asked.paths, creators, compared),
+        "queries": _query_rows(asked),
+    }
+    return Scored(made, loaded, asked, table, creators, compared)
+
+
+def _prompts(made: Store, prompt: str | Sequence[str] | None, count: int) -> list[str | None]:
+    """One for each picture."""
     if made.spec.conditional and prompt is None:
         raise OptionError(
             f"store {made.path.name} is of a model that reads captions, and no prompt was given; "
@@ -88,31 +214,10 @@ def attribute(
         )
     if not made.spec.conditional and prompt is not None:
         raise OptionError(f"store {made.path.name} is of a model that reads no captions; leave out --prompt")
-    paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
-    prompts = [prompt] * len(paths) if prompt is None or isinstance(prompt, str) else list(prompt)
-    if len(prompts) != len(paths):
-        raise OptionError(f"there are {len(prompts)} prompts for {len(paths)} pictures; pass one, or one for each")
-    loaded, options = load_for(
-        made, model=model, lora=lora, draws=draws, engine=engine, batch_size=batch_size, device=device, message=message
-    )
-    if made.missing(chosen.family):
-        message(
-            f"{method} needs gradients of another output of the training images: taking them once, kept in the store"
-        )
-        data = read(made.source["dataset"], loaded.denoiser, made.source["creator_column"], progress, message)
-        run_shards(made, chosen.family, loaded, options, data, 1, progress, message)
-    phi_q = query_features(loaded, chosen.family, paths, prompts, progress, message)
-    groups = _groups(made, chosen.family)
-    num_train = float(groups.files.sum())
-    factored = solver(made, chosen, damping) if chosen.curvature else None
-    v = scoring.precondition(chosen, torch.from_numpy(phi_q), factored, num_train)
-    table = _rank(made, chosen, v, [str(path) for path in paths], k, groups)
-    table.attrs |= {"method": method, "damping": damping, "draws": draws, "formula": chosen.formula}
-    return table
-
-
-def _open(path: str | os.PathLike[str]) -> Store:
-    return store.open_store(path)
+    prompts = [prompt] * count if prompt is None or isinstance(prompt, str) else list(prompt)
+    if len(prompts) != count:
+        raise OptionError(f"there are {len(prompts)} prompts for {count} pictures; pass one, or one for each")
+    return prompts
 
 
 def require_complete(made: Store) -> None:
@@ -129,30 +234,7 @@ def require_complete(made: Store) -> None:
         )
 
 
-def query_features(
-    loaded: Loaded,
-    family: str,
-    paths: Sequence[str | os.PathLike[str]],
-    prompts: Sequence[str | None],
-    progress: Progress,
-    message: Message,
-) -> np.ndarray:
-    """φ_q `[query, k]`, from draws of their own."""
-    channels, height, width = loaded.denoiser.image_size
-    recipe = with_changes(loaded.recipe, role="query", output=family, curvature_rate=0.0)
-    rows = []
-    for done, (path, prompt) in enumerate(zip(paths, prompts, strict=True)):
-        progress("queries", done, len(paths))
-        image, notes = datasets.decode(Path(path))
-        for note in notes:
-            message(f"{Path(path).name}: {note}")
-        pixels = datasets.to_array(image, height=height, width=width, channels=channels)
-        taken = take_arrays(loaded.denoiser, recipe, [datasets.item_id(image, prompt)], [pixels], [prompt])
-        if not np.isfinite(taken.phi).all():
-            raise GradientError(f"{path}: its loss or gradient is not finite under this model")
-        rows.append(taken.phi)
-    progress("queries", len(paths), len(paths))
-    return np.concatenate(rows)
+# Curvature ----------------------------------------------------------------------------------------------------------
 
 
 def _groups(made: Store, family: str) -> Groups:
@@ -161,12 +243,23 @@ def _groups(made: Store, family: str) -> Groups:
     return scoring.groups(items["item_id"], items["creator"])
 
 
-def solver(made: Store, method: scoring.Method, damping: float) -> Curvature:
-    """Factor H + λI, or read it back if it was factored before: named by all that it depends on."""
-    weights = made.items["item_id"].value_counts().astype(float)
+def _weights(made: Store) -> pd.Series:
+    """Files of each image."""
+    return made.items["item_id"].value_counts().astype(float)
+
+
+def _derived_name(made: Store, what: str, method: scoring.Method, damping: float) -> str:
+    """Named by all that it depends on."""
+    weights = _weights(made)
     several = sorted(weights[weights > 1].items())  # the others weigh 1 each
     key = (made.family_hash(method.family), method.curvature, repr(float(damping)), repr(several))
-    name = f"curvature-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.safetensors"
+    return f"{what}-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.safetensors"
+
+
+def solver(made: Store, method: scoring.Method, damping: float) -> Curvature:
+    """Factor H + λI, or read it back if it was factored before."""
+    weights = _weights(made)
+    name = _derived_name(made, "curvature", method, damping)
     num_rows = made.num_rows(method.family)[method.curvature == "psi"]
 
     def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -189,34 +282,188 @@ def solver(made: Store, method: scoring.Method, damping: float) -> Curvature:
     return made_now
 
 
+def leverages(
+    made: Store, method: scoring.Method, damping: float, factored: Curvature | None, groups: Groups
+) -> Float64[np.ndarray, " images"]:
+    """H of every image, in the order of `groups.ids`; 0 for methods without curvature, which say nothing of it."""
+    if factored is None:
+        return np.zeros(len(groups.ids))
+    name = _derived_name(made, "leverage", method, damping)
+    kept = made.read_derived(name)
+    if kept is not None:
+        return kept["h"]
+    h = np.full(len(groups.ids), np.nan)
+    for content in made.blocks(method.family):
+        phi = torch.tensor(content.phi)
+        if method.curvature == "phi":
+            found = curvatures.feature_leverage(factored, phi)
+        else:
+            psi, item = torch.tensor(content.psi), torch.tensor(content.psi_item).long()
+            found = curvatures.leverage(factored, phi, psi, item, float(groups.files.sum()))
+        h[groups.ids.get_indexer(pd.Index(content.item_ids))] = found.numpy()
+    h = np.where(np.isnan(h), np.nanmean(h) if not np.isnan(h).all() else 0.0, h)
+    weights = np.asarray(groups.files.sum(1)).ravel()
+    h = np.minimum(h * weights, curvatures.MAX_LEVERAGE)
+    made.write_derived(name, {"h": h})
+    return h
+
+
+# Scans of the store -------------------------------------------------------------------------------------------------
+
+
+def _control_scores(controls: Store, method: scoring.Method, v: torch.Tensor, asked: Queries) -> Controls:
+    """Score the controls as if they were training images; the query itself is none of its own controls."""
+    ids: list[str] = []
+    parts = []
+    for names, tau in scoring.scores(method, v, ((c.item_ids, c.phi) for c in controls.blocks(method.family))):
+        ids += names
+        parts.append(tau)
+    tau = np.concatenate(parts, axis=1) if parts else np.empty((len(v), 0))
+    tau[np.asarray(asked.item_ids)[:, None] == np.asarray(ids, dtype=object)[None]] = np.nan
+    creators = controls.items.drop_duplicates("item_id").set_index("item_id")["creator"]
+    return Controls(ids, [str(creators[item_id]) for item_id in ids], tau)
+
+
 def _rank(
     made: Store,
     method: scoring.Method,
     v: torch.Tensor,
-    queries: Sequence[str],
+    asked: Queries,
     k: int | None,
     groups: Groups,
-) -> pd.DataFrame:
-    """Scan the store once for all queries; keep the best k of each, and the totals of the creators."""
+    h: np.ndarray,
+    controls: Controls | None,
+) -> tuple[pd.DataFrame, Creators]:
+    """Scan the store once for all queries: the best k of each, creators' totals, and counts for q-values."""
+    count = len(asked.paths)
     limit = len(groups.ids) if k is None else k
-    best: list[scoring.Ranked] = [[] for _ in queries]
-    totals = np.zeros((len(queries), len(groups.names)))
+    best: list[scoring.Ranked] = [[] for _ in range(count)]
+    totals, squares = np.zeros((2, count, len(groups.names)))
+    strangers = [np.sort(controls.of(q)) if controls is not None else np.empty(0) for q in range(count)]
+    exceeded = [np.zeros(len(row) + 1, np.int64) for row in strangers]
     blocks = ((content.item_ids, content.phi) for content in made.blocks(method.family))
     for ids, tau in scoring.scores(method, v, blocks):
+        adjusted = tau / (1 - h[groups.ids.get_indexer(pd.Index(ids))])
         best = [scoring.top(so_far, ids, row, limit) for so_far, row in zip(best, tau, strict=True)]
-        totals += scoring.group_totals(groups, ids, tau)
-    ranked = [(q, query, item_id, score) for q, query in enumerate(queries) for score, item_id in best[q]]
+        totals += scoring.group_totals(groups, ids, adjusted)
+        squares += scoring.group_totals(groups, ids, adjusted**2)
+        for q, row in enumerate(strangers):
+            above = significance.exceedances(adjusted[q], row)
+            exceeded[q] += np.bincount(above, minlength=len(row) + 1)
+    ranked = [(q, query, item_id, tau) for q, query in enumerate(asked.paths) for tau, item_id in best[q]]
     table = pd.DataFrame(ranked, columns=["number", "query", "item_id", "score"])
+    table["leverage"] = h[groups.ids.get_indexer(pd.Index(table["item_id"]))]
+    table["score_adj"] = table["score"] / (1 - table["leverage"])
+    table[["score_se", "score_low", "score_high", "p_value", "q_value"]] = np.nan
+    for q, row in enumerate(strangers):
+        if len(row):
+            here = table["number"] == q
+            above = significance.exceedances(table.loc[here, "score_adj"].to_numpy(), row)
+            table.loc[here, "p_value"] = significance.p_values(above, len(row))
+            table.loc[here, "q_value"] = significance.q_values(exceeded[q])[above]
     files = made.items[made.items["item_id"].isin(table["item_id"])].sort_values("file_name")
     table = table.merge(files, on="item_id")  # keeps the order of scores, and under it that of the files
     table["rank"] = table.groupby("number").cumcount() + 1
-    table = table[table["rank"] <= (k or len(table))]
+    table = table[table["rank"] <= (k or len(table))].reset_index(drop=True)
     table["caption"] = table["caption"].astype(object).where(table["caption"].notna(), None)
-    table = table[["query", "rank", "item_id", "file_name", "creator", "caption", "score"]].reset_index(drop=True)
-    counts = made.items.groupby("creator").size()
-    table.attrs["creator_totals"] = [
-        {"query": query, "creator": creator, "total": float(total), "images": int(counts[creator])}
-        for query, row in zip(queries, totals, strict=True)
-        for creator, total in sorted(zip(groups.names, row, strict=True), key=lambda pair: (-pair[1], pair[0]))
-    ]
-    return table
+    sizes = np.asarray(groups.files.sum(0)).ravel()
+    none = np.empty((0, *totals.shape))
+    return table, Creators(groups.names, sizes, totals, squares, none, np.full(totals.shape, np.nan))
+
+
+def _by_batch(
+    method: scoring.Method, asked: Queries, factored: Curvature | None, num_train: float
+) -> Float64[torch.Tensor, "batches query k"]:
+    """V with one batch of the query's draws in place of all; linear in the draws, so that their mean is v."""
+    batches = torch.from_numpy(asked.phi_batch).transpose(0, 1)  # [batches, query, k]
+    if not len(batches):
+        return batches.double()
+    plain = scoring.Method(method.formula, method.family, method.curvature)
+    v = scoring.precondition(plain, batches.flatten(0, 1), factored, num_train).unflatten(0, batches.shape[:2])
+    return v / torch.from_numpy(asked.phi).double().norm(dim=1)[:, None] if method.cosine else v
+
+
+def _with_errors(
+    made: Store,
+    method: scoring.Method,
+    v: torch.Tensor,
+    parts: Float64[torch.Tensor, "batches query k"],
+    groups: Groups,
+    h: np.ndarray,
+    table: pd.DataFrame,
+    creators: Creators,
+) -> tuple[pd.DataFrame, Creators]:
+    """Scan again, with batches of draws: standard errors of the listed scores, and what totals vary by."""
+    batches, count = parts.shape[:2]
+    by_batch = np.zeros((batches, *creators.totals.shape))
+    variance = np.zeros(creators.totals.shape)
+    listed = [set(table.loc[table["number"] == q, "item_id"]) for q in range(count)]
+    found: dict[tuple[int, str], tuple[float, float]] = {}
+    flat, columns = parts.flatten(0, 1), np.ascontiguousarray(v.float().numpy().T)
+    for content in made.blocks(method.family):
+        ids, n = content.item_ids, len(content.item_ids)
+        here = groups.ids.get_indexer(pd.Index(ids))
+        one_query = np.empty((batches * count, n))
+        if batches:
+            ((_, one_query),) = scoring.scores(method, flat, [(ids, content.phi)])
+        one_query = one_query.reshape(batches, count, n)
+        one_train = np.empty((content.phi_batch.shape[1], count, n))
+        for b in range(len(one_train)):
+            rows = content.phi_batch[:, b].astype(np.float32) * content.phi_scale[:, b, None]
+            one_train[b] = (rows @ columns).T
+        if method.cosine:
+            one_train /= np.linalg.norm(content.phi, axis=1)
+        for b in range(batches):
+            by_batch[b] += scoring.group_totals(groups, ids, one_query[b] / (1 - h[here]))
+        if len(one_train):
+            spread = (one_train / (1 - h[here])).var(0, ddof=1) / len(one_train)
+            variance += (groups.files[here].power(2).T @ spread.T).T
+        errors = significance.errors(one_query, one_train)
+        for q in range(count):
+            for i in np.flatnonzero([item_id in listed[q] for item_id in ids]):
+                found[q, ids[i]] = float(errors.se[q, i]), float(errors.dof[q, i])
+    pairs = np.array([found[q, item_id] for q, item_id in zip(table["number"], table["item_id"], strict=True)])
+    errors = significance.Errors(*(pairs.reshape(-1, 2).T))
+    low, high = errors.interval(table["score"].to_numpy())
+    table = table.assign(score_se=errors.se, score_low=low, score_high=high)
+    return table, Creators(creators.names, creators.images, creators.totals, creators.squares, by_batch, variance)
+
+
+# What a person reads ------------------------------------------------------------------------------------------------
+
+
+def _creator_rows(queries: Sequence[str], creators: Creators, controls: Controls | None) -> list[dict[str, Any]]:
+    """Totals of the creators of each query, highest first, with p and q against groups of controls."""
+    rows = []
+    for q, query in enumerate(queries):
+        nulls = {} if controls is None else significance.group_nulls(controls.of(q), creators.images)
+        p = significance.group_p_values(creators.totals[q], creators.images, nulls)
+        fdr = significance.false_discovery_rates(p)
+        for g in np.lexsort((creators.names, -creators.totals[q])):
+            rows.append({
+                "query": query,
+                "creator": creators.names[g],
+                "images": int(creators.images[g]),
+                "total": float(creators.totals[q, g]),
+                "p_value": float(p[g]),
+                "q_value": float(fdr[g]),
+            })  # fmt: skip
+    return rows
+
+
+def _query_rows(asked: Queries) -> list[dict[str, Any]]:
+    """Losses of each query under the fine-tuned model and its base."""
+    rows = []
+    for q, query in enumerate(asked.paths):
+        row: dict[str, Any] = {"query": query, "query_id": asked.item_ids[q], "prompt": asked.prompts[q]}
+        row["loss_finetuned"] = float(asked.loss[q].mean())
+        row |= {"loss_base": None, "gain": None, "gain_se": None, "gain_p": None}
+        if asked.loss_base is not None:
+            gain = asked.loss_base[q].astype(float) - asked.loss[q]
+            errors = significance.errors(gain[:, None])
+            row |= {"loss_base": float(asked.loss_base[q].mean()), "gain": float(gain.mean())}
+            if len(gain) > 1:
+                se, dof = float(errors.se[0]), float(errors.dof[0])
+                row |= {"gain_se": se, "gain_p": significance.above_zero(float(gain.mean()), se, dof)}
+        rows.append(row)
+    return rows

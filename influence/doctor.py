@@ -12,6 +12,7 @@ from influence.curvature import Curvature, curvature
 from influence.errors import OptionError
 from influence.features import Features
 from influence.pipeline import Loaded, Message, Progress, silent
+from influence.queries import read_queries
 from influence.scoring import METHODS
 from influence.store import Store
 
@@ -153,4 +154,4 @@ def _queries(loaded: Loaded, queries: Sequence[tuple[Path, str | None]], seed: i
     paths, prompts = [path for path, _ in queries], [prompt for _, prompt in queries]
     prompts = prompts if loaded.denoiser.conditional else [None] * len(paths)
     changed = Loaded(loaded.denoiser, loaded.spec, recipe)
-    return attribution.query_features(changed, "loss", paths, prompts, silent, silent)
+    return read_queries(changed, "loss", paths, prompts, silent, silent).phi

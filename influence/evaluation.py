@@ -83,7 +83,15 @@ def score_matrix(store: Store, truth: Truth, *, method: str = "gauss-newton", **
         OptionError: The store is of other images than the truth.
     """
     prompts = [query.caption or "" for query in truth.queries] if store.spec.conditional else None
-    table = attribute([query.path for query in truth.queries], store, k=None, method=method, prompt=prompts, **options)
+    table = attribute(
+        [query.path for query in truth.queries],
+        store,
+        k=None,
+        method=method,
+        prompt=prompts,
+        intervals=False,
+        **options,
+    )
     ids = [item.item_id for item in truth.items]
     missing = set(ids) ^ set(table["item_id"])
     if missing:

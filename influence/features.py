@@ -112,6 +112,50 @@ def features(
     )
 
 
+@torch.no_grad()
+def losses(
+    network: nn.Module,
+    recipe: Recipe,
+    item_ids: Sequence[str],
+    x0: Float[Tensor, "images *shape"],
+    cond: Float[Tensor, "images tokens width"] | None,
+) -> Float32[np.ndarray, "images batches"]:
+    """Training loss of images, on the draws that their features have, by batch of draws: forwards alone.
+
+    Two networks that are given the same draws can be compared draw by draw. One batch if they cannot be divided.
+    """
+    batch = diffusion.batch_of(recipe.num_draws)
+    parts = np.stack([np.flatnonzero(batch == b) for b in range(batch.max() + 1)])
+    found = np.empty((len(item_ids), len(parts)), np.float32)
+    for i in range(len(item_ids)):
+        for b, part in enumerate(parts):
+            values = []
+            for start in range(0, len(part), recipe.batch_size):
+                which = part[None, start : start + recipe.batch_size]
+                clean, t, eps, condition = _rows(recipe, item_ids, x0, cond, np.array([i]), which)
+                prediction = network(diffusion.noised(recipe.schedule, clean, t, eps), t, condition)
+                values.append(diffusion.losses(recipe.schedule, prediction, clean, t, eps))
+            found[i, b] = torch.cat(values).mean().item()
+    return found
+
+
+def _rows(
+    recipe: Recipe, item_ids: Sequence[str], x0: Tensor, cond: Tensor | None, images: np.ndarray, which: np.ndarray
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x₀, t, ε and c of (image, draw) rows."""
+    shape, device = tuple(x0.shape[1:]), x0.device
+    drawn = [
+        diffusion.draws(
+            recipe.seed, recipe.role, item_ids[i], recipe.num_draws, recipe.schedule.num_timesteps, shape, which=chosen
+        )
+        for i, chosen in zip(images, which, strict=True)
+    ]
+    t = torch.cat([t for t, _ in drawn]).to(device)
+    eps = torch.cat([eps for _, eps in drawn]).to(device)
+    index = torch.as_tensor(np.repeat(images, which.shape[1]), device=device)
+    return x0[index], t, eps, None if cond is None else cond[index]
+
+
 def _batches(recipe: Recipe, item_ids: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
     """Split the (image, draw) rows into forwards with equally many draws per row of φ.
 
@@ -148,19 +192,9 @@ def _prepare(
     curvature: bool,
 ) -> tuple[gradients.Inputs, list[gradients.Output]]:
     """Make the rows of a batch and the scalars whose gradients are wanted."""
-    shape, device = tuple(x0.shape[1:]), x0.device
     schedule, count = recipe.schedule, which.shape[1]
-    drawn = [
-        diffusion.draws(
-            recipe.seed, recipe.role, item_ids[i], recipe.num_draws, schedule.num_timesteps, shape, which=chosen
-        )
-        for i, chosen in zip(images, which, strict=True)
-    ]
-    t = torch.cat([t for t, _ in drawn]).to(device)
-    eps = torch.cat([eps for _, eps in drawn]).to(device)
-    index = torch.as_tensor(np.repeat(images, count), device=device)
-    clean = x0[index]
-    inputs = gradients.Inputs(diffusion.noised(schedule, clean, t, eps), t, None if cond is None else cond[index])
+    clean, t, eps, condition = _rows(recipe, item_ids, x0, cond, images, which)
+    inputs = gradients.Inputs(diffusion.noised(schedule, clean, t, eps), t, condition)
 
     if recipe.output == "square":
         outputs = [gradients.Output(lambda f: f.float().flatten(1).square().mean(1) / recipe.num_draws, (), count)]
@@ -171,9 +205,9 @@ def _prepare(
 
         outputs = [gradients.Output(loss, (clean, t, eps), count)]
     if curvature:
-        xi = torch.cat(
-            [diffusion.probes(recipe.seed, item_ids[i], s, shape) for i, s in zip(images, which, strict=True)]
-        ).to(device)
+        probed = zip(images, which, strict=True)
+        shape = tuple(x0.shape[1:])
+        xi = torch.cat([diffusion.probes(recipe.seed, item_ids[i], s, shape) for i, s in probed]).to(x0.device)
         scale = (2 * diffusion.weight(schedule, t) / eps[0].numel()).sqrt()
         outputs.append(gradients.Output(_probed, (scale, xi), 1))
     return inputs, outputs

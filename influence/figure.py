@@ -44,7 +44,7 @@ def draw(table: pd.DataFrame, root: str | Path, out: str | Path, *, top: int = 6
         f"training images that most lowered its denoising loss ({table.attrs['method']}), with score and creator",
         fontsize=11,
     )  # fmt: skip
-    totals = pd.DataFrame(table.attrs["creator_totals"])
+    totals = pd.DataFrame(table.attrs["creators"])
     for row, (query, ranked) in enumerate(queries):
         axes = figure.add_subplot(grid[row, 0])
         _show(axes, datasets.decode(Path(str(query)))[0], Path(str(query)).name, "black", 2.0)

@@ -5,7 +5,7 @@ import importlib.metadata
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,8 @@ def build(
     device: str = "auto",
     dtype: str = "fp32",
     workers: int = 1,
+    controls: str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
     message: Message = silent,
 ) -> Store:
@@ -92,6 +94,9 @@ def build(
         device: `auto`, `cpu`, `cuda` …
         dtype: `fp32`, or `bf16` for the forward and backward passes.
         workers: Number of processes.
+        controls: Data set of images that were never trained on, best of the same kind: scores are compared with theirs.
+            Their features are kept apart, and counted nowhere else.
+        base: The pipeline that all weights were fine-tuned from; that of a LoRA is known.
         progress: Called as work gets done.
         message: Called with assumptions, refusals and warnings, one line each.
 
@@ -115,8 +120,18 @@ def build(
     )
     loaded = load(options, message)
     data = read(dataset, loaded.denoiser, creator_column, progress, message)
-    made = _open_or_create(store, loaded, options, data, curvature_rows, creator_column)
+    source = {
+        "model": options.model,
+        "lora": options.lora,
+        "base": None if base is None else str(Path(base).absolute()),
+        "parameters": options.parameters,
+        "resolution": options.resolution,
+        "creator_column": creator_column,
+    }
+    made = _open_or_create(Path(store), loaded, options, data, curvature_rows, source)
     run_shards(made, "loss", loaded, options, data, workers, progress, message)
+    if controls is not None:
+        _build_controls(made, loaded, options, controls, source, workers, progress, message)
     return made
 
 
@@ -246,12 +261,12 @@ def read(
 
 
 def _open_or_create(
-    path: str | os.PathLike[str],
+    path: Path,
     loaded: Loaded,
     options: BuildOptions,
     data: datasets.Dataset,
     curvature_rows: int | None,
-    creator_column: str | None,
+    source: dict[str, Any],
 ) -> Store:
     """Create the store, or open it to go on; in both cases the spec must be this one."""
     wanted = 2 * loaded.spec.dim if curvature_rows is None else curvature_rows
@@ -259,7 +274,7 @@ def _open_or_create(
         raise OptionError(f"curvature-rows is {wanted}; expected 0 or more")
     # The rate belongs to the store: images that are added later do not change the rows of those already there.
     rate = min(wanted / len({item.item_id for item in data.items}), float(options.draws))
-    if (Path(path) / "store.json").exists():
+    if (path / "store.json").exists():
         rate = store.open_store(path).build.get("curvature_rate", rate)
     items = pd.DataFrame(
         [(i.item_id, i.file_name, i.caption, i.creator, i.licence) for i in data.items],
@@ -277,17 +292,41 @@ def _open_or_create(
         source={
             "dataset": options.dataset,
             "dataset_sha256": datasets.dataset_fingerprint(data.items),
-            "model": options.model,
-            "lora": options.lora,
-            "parameters": options.parameters,
-            "resolution": options.resolution,
-            "creator_column": creator_column,
+            **source,
             "refused": {refusal.file_name: refusal.reason for refusal in data.refused},
             "notes": [*loaded.denoiser.notes, *data.notes],
             "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         },
         items=items,
     )
+
+
+def _build_controls(
+    made: Store,
+    loaded: Loaded,
+    options: BuildOptions,
+    dataset: str | os.PathLike[str],
+    source: dict[str, Any],
+    workers: int,
+    progress: Progress,
+    message: Message,
+) -> None:
+    """Take the features of control images into a store inside the store; it has no curvature rows."""
+    data = datasets.read_dataset(
+        Path(dataset), creator_column=source["creator_column"], captions_required=loaded.denoiser.conditional
+    )
+    for note in [*data.notes, *(f"refused {refusal.file_name}: {refusal.reason}" for refusal in data.refused)]:
+        message(f"controls: {note}")
+    members = set(made.items["item_id"]) | made.excluded
+    trained = [item for item in data.items if item.item_id in members]
+    if trained:
+        message(f"controls: {len(trained)} are training images and left out, {trained[0].file_name} first")
+    others = replace(data, items=[item for item in data.items if item.item_id not in members])
+    if not others.items:
+        raise DatasetError(f"{dataset} holds no image that was not trained on; pass others as controls")
+    options = replace(options, dataset=str(Path(dataset).absolute()))
+    inside = _open_or_create(made.path / store.CONTROLS, loaded, options, others, 0, source)
+    run_shards(inside, "loss", loaded, options, others, workers, progress, message)
 
 
 def load_for(
@@ -438,15 +477,20 @@ def take_arrays(
     captions: Sequence[str | None],
 ) -> Features:
     """Encode pictures and their captions once, and take their features."""
+    return features(denoiser.network, recipe, item_ids, *encoded(denoiser, pixels, captions))
+
+
+def encoded(
+    denoiser: Denoiser, pixels: Sequence[np.ndarray], captions: Sequence[str | None]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x₀ and c of pictures, on the network's device."""
     device = next(iter(denoiser.parameters.values())).device
-    if not item_ids:
-        x0 = torch.empty(0, *denoiser.sample_shape, device=device)
-        return features(denoiser.network, recipe, item_ids, x0, None)
+    if not pixels:
+        return torch.empty(0, *denoiser.sample_shape, device=device), None
     x0 = torch.cat([denoiser.encode_images(torch.from_numpy(image)[None].to(device)) for image in pixels])
-    cond = None
-    if denoiser.conditional:
-        cond = torch.cat([denoiser.encode_captions([caption or ""]) for caption in captions])
-    return features(denoiser.network, recipe, item_ids, x0, cond)
+    if not denoiser.conditional:
+        return x0, None
+    return x0, torch.cat([denoiser.encode_captions([caption or ""]) for caption in captions])
 
 
 def _content(
@@ -491,7 +535,7 @@ def plan(
     """
     creator_column, curvature_rows = options.pop("creator_column", None), options.pop("curvature_rows", None)
     progress, lora = options.pop("progress", silent), options.pop("lora", None)
-    for name in ("store", "workers"):
+    for name in ("store", "workers", "controls", "base"):
         options.pop(name, None)
     defaults = {
         "dim": 8192, "projection": "countsketch", "draws": 40, "seed": 0, "engine": "auto", "parameters": None,

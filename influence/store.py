@@ -34,6 +34,8 @@ from influence.spec import FeatureSpec, check_equal
 __all__ = ["ITEM_COLUMNS", "Record", "ShardContent", "Store", "create", "exclude", "open_store"]
 
 FORMAT = 1
+CONTROLS = "controls"
+"""Folder of a store that is itself a store: of images that were never trained on."""
 _KIND = "influence store"
 _FOLDERS = ("items", "shards", "exclusions", "derived", "tmp")
 _STALE_SECONDS = 24 * 3600
@@ -165,11 +167,26 @@ class Store:
         Raises:
             StoreError: The records of exclusions are damaged.
         """
-        self.exclusions = exclusions.read(self.path / "exclusions")
+        self._leave_out(exclusions.read(self.path / "exclusions"))
+
+    def _leave_out(self, out: exclusions.Exclusions) -> None:
+        self.exclusions = out
         self.items: pd.DataFrame = self._table[~self.exclusions.cover(self._table)].reset_index(drop=True)
         """One row for each file that is not excluded: `ITEM_COLUMNS` and `shard`."""
         self.excluded: set[str] = set(self._table["item_id"]) - set(self.items["item_id"])
         """Images of which every file is excluded."""
+
+    def controls(self) -> "Store | None":
+        """The store of control images inside this one, without what is excluded here; `None` if there is none.
+
+        Raises:
+            StoreError: It is damaged.
+        """
+        if not os.path.lexists(self.path / CONTROLS / "store.json"):
+            return None
+        found = open_store(self.path / CONTROLS)
+        found._leave_out(self.exclusions)
+        return found
 
     # Images and shards ----------------------------------------------------------------------------------------------
 

@@ -45,7 +45,7 @@ def scores(world, store, method, **options):
     queries = [world / "data" / "000.png", world / "data" / "001.png"]
     table = influence.attribute(queries, store, k=None, method=method, draws=4, **options)
     by_file = table.set_index(["query", "file_name"])["score"].sort_index()
-    totals = {(e["query"], e["creator"]): (e["total"], e["images"]) for e in table.attrs["creator_totals"]}
+    totals = {(e["query"], e["creator"]): (e["total"], e["images"]) for e in table.attrs["creators"]}
     return by_file, totals
 
 

@@ -189,8 +189,8 @@ def test_every_method_ranks_all_images_and_totals_are_signed_sums_over_all(world
         assert rows["rank"].tolist() == list(range(1, 11))
         assert rows["score"].is_monotonic_decreasing
         for attrs in (table.attrs, top.attrs):
-            totals = {e["creator"]: e["total"] for e in attrs["creator_totals"] if e["query"] == query}
-            for creator, total in rows.groupby("creator")["score"].sum().items():
+            totals = {e["creator"]: e["total"] for e in attrs["creators"] if e["query"] == query}
+            for creator, total in rows.groupby("creator")["score_adj"].sum().items():
                 assert totals[creator] == pytest.approx(total, rel=1e-6)
     assert np.allclose(top["score"], table[table["rank"] <= 2]["score"], rtol=1e-5)
 
@@ -208,8 +208,8 @@ def test_copies_are_one_image_with_one_row_for_each_file(world, tmp_path):
     table = influence.attribute(world / "data" / "004.png", tmp_path / "s", k=None, draws=4)
     pair = table[table["file_name"].isin(["004.png", "copy.png"])]
     assert len(table) == 11 and pair["item_id"].nunique() == 1 and pair["score"].nunique() == 1
-    totals = {e["creator"]: e for e in table.attrs["creator_totals"]}
-    assert totals["someone else"]["total"] == pytest.approx(pair["score"].iloc[0])
+    totals = {e["creator"]: e for e in table.attrs["creators"]}
+    assert totals["someone else"]["total"] == pytest.approx(pair["score_adj"].iloc[0])
 
 
 def test_a_picture_that_cannot_be_used_is_named_and_the_others_are_untouched(world, built, tmp_path):

@@ -9,17 +9,31 @@ PACKAGE = Path(__file__).parent.parent / "influence"
 LAYERS = [
     ["errors"],
     ["keys"],
-    ["spec", "diffusion", "projection", "curvature"],
+    ["spec", "diffusion", "projection", "curvature", "significance"],
+    ["royalties", "verdicts"],
     ["gradients", "scoring", "metrics"],
     ["features", "commit"],
     ["datasets", "models", "shards", "exclusions", "training"],
     ["items", "finetuning"],
     ["store", "executors", "typefaces"],
     ["verification", "figure", "pipeline", "retraining"],
-    ["inspection", "attribution", "repair"],
+    ["inspection", "queries", "repair"],
+    ["attribution"],
     ["demo", "doctor", "evaluation"],
 ]
-MIDDLE = {"spec", "diffusion", "projection", "curvature", "gradients", "scoring", "metrics", "features"}
+MIDDLE = {
+    "spec",
+    "diffusion",
+    "projection",
+    "curvature",
+    "gradients",
+    "scoring",
+    "metrics",
+    "features",
+    "significance",
+    "royalties",
+    "verdicts",
+}
 ORDER = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 

@@ -1,0 +1,129 @@
+"""Is a score more than chance? p-values against controls, false discovery rates, standard errors, intervals.
+
+Controls are images that were never trained on and went through the same code. Under the null hypothesis that training
+on an image did no more for the query than training on a stranger would have done, its leave-one-out-corrected score
+(`score / (1 − h)`, see `curvature.leverage`) and theirs can be exchanged.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int64
+from scipy import stats
+
+from influence import keys
+
+MIN_CONTROLS = 99
+"""With fewer the smallest p-value is above 0.01."""
+LEVEL = 0.95
+Q_VALUE = 0.1
+"""False discovery rate at which a score or a creator counts as more than chance."""
+REPEATS = 1999
+_BLOCK = 1 << 22
+
+
+def exceedances(scores: Float[np.ndarray, " n"], controls: Float[np.ndarray, " controls"]) -> Int64[np.ndarray, " n"]:
+    """How many controls score at least as high."""
+    return len(controls) - np.searchsorted(np.sort(controls), scores, side="left").astype(np.int64)
+
+
+def p_values(exceeding: Int64[np.ndarray, " n"], controls: int) -> Float[np.ndarray, " n"]:
+    """P = (1 + #{controls ≥ score}) / (1 + #controls), never 0 (Phipson & Smyth, 2010)."""
+    return (1 + exceeding) / (1 + controls)
+
+
+def q_values(counts: Int64[np.ndarray, " levels"]) -> Float[np.ndarray, " levels"]:
+    """Benjamini & Hochberg (1995) from a histogram, so that no list of all images is needed.
+
+    Args:
+        counts: How many images are exceeded by 0, 1, …, n controls.
+
+    Returns:
+        The q-value of an image that so many controls exceed: min over p′ ≥ p of p′ · images / #{images with p ≤ p′}.
+    """
+    p = p_values(np.arange(len(counts)), len(counts) - 1)
+    below = np.cumsum(counts)
+    found = np.divide(p * below[-1], below, out=np.ones(len(p)), where=below > 0)
+    return np.minimum(np.minimum.accumulate(found[::-1])[::-1], 1.0)
+
+
+def group_null(controls: Float[np.ndarray, " controls"], size: int, repeats: int = REPEATS) -> np.ndarray:
+    """Sums `[repeats]`, in order, of the scores of `size` random controls: what a creator of so many works has by luck.
+
+    Each sum is of controls drawn with replacement from controls that were themselves drawn again (a bootstrap of the
+    control set): its variance n σ² (1 + n/c) has the uncertainty of the controls' own mean, without which creators with
+    more works than there are controls would be called significant too often.
+    """
+    count = len(controls)
+    sums = []
+    step = max(1, _BLOCK // (count + size))
+    for start in range(0, repeats, step):
+        rows = min(step, repeats - start)
+        again = keys.integers(("control set", count, size, start), rows * count, count).reshape(rows, count)
+        drawn = keys.integers(("control group", count, size, start), rows * size, count).reshape(rows, size)
+        sums.append(controls[np.take_along_axis(again, drawn, 1)].sum(1))
+    return np.sort(np.concatenate(sums))
+
+
+def group_nulls(controls: Float[np.ndarray, " controls"], sizes: np.ndarray) -> dict[int, np.ndarray]:
+    """The null of each size that there is."""
+    return {int(size): group_null(controls, int(size)) for size in np.unique(sizes)}
+
+
+def group_p_values(
+    totals: Float[np.ndarray, "*repeats groups"], sizes: np.ndarray, nulls: dict[int, np.ndarray]
+) -> Float[np.ndarray, "*repeats groups"]:
+    """P of each group's total against random groups of controls of its size; NaN without controls."""
+    p = np.full(totals.shape, np.nan)
+    for group, size in enumerate(sizes):
+        if int(size) in nulls:
+            null = nulls[int(size)]
+            above = len(null) - np.searchsorted(null, totals[..., group], side="left")
+            p[..., group] = (1 + above) / (1 + len(null))
+    return p
+
+
+def false_discovery_rates(p: Float[np.ndarray, "*repeats groups"]) -> Float[np.ndarray, "*repeats groups"]:
+    """Benjamini & Hochberg (1995) over the last axis; NaN where p is."""
+    return p if np.isnan(p).any() else stats.false_discovery_control(p, axis=-1)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Standard errors of scores, and their degrees of freedom; NaN where the draws cannot be divided."""
+
+    se: Float[np.ndarray, "*shape"]
+    dof: Float[np.ndarray, "*shape"]
+
+    def interval(self, value: Float[np.ndarray, "*shape"]) -> tuple[np.ndarray, np.ndarray]:
+        """Limits of the 95 % interval of Student's t."""
+        half = stats.t.ppf((1 + LEVEL) / 2, self.dof) * self.se
+        return value - half, value + half
+
+
+def errors(*batches: Float[np.ndarray, "_ *shape"]) -> Errors:
+    """Standard error of a score from its values over disjoint batches of draws, for each independent kind of draws.
+
+    The variance of a mean of b equal batches is estimated by Σ (τ_b − τ̄)² / (b(b − 1)). Those of the query's draws and
+    of the training image's add up (τ is linear in each), with the degrees of freedom of Welch (1947). The product of
+    both errors is counted twice, which is small and on the safe side.
+
+    Args:
+        batches: For each kind of draws, the score with one batch in place of all: batches first.
+    """
+    shape = np.broadcast_shapes(*(part.shape[1:] for part in batches))
+    total, weighted = np.zeros(shape), np.zeros(shape)
+    for part in batches:
+        count = len(part)
+        if count < 2:
+            return Errors(np.full(shape, np.nan), np.full(shape, np.nan))
+        variance = part.var(0, ddof=1) / count
+        total = total + variance
+        weighted = weighted + variance**2 / (count - 1)
+    dof = np.divide(total**2, weighted, out=np.ones(shape), where=weighted > 0)
+    return Errors(np.sqrt(total), dof)
+
+
+def above_zero(value: float, se: float, dof: float) -> float:
+    """One-sided p-value of a mean against 0 (Student's t)."""
+    return float(stats.t.sf(value / se, dof)) if se > 0 else float(value <= 0)

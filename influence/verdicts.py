@@ -1,0 +1,84 @@
+"""One word on a picture, and the sentence that says why: what the numbers allow, and no more."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from influence import significance
+
+ALPHA = 0.05
+VERDICTS = ("near_copy", "attributable", "weak", "not_attributable", "not_from_model")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What can be said of a picture."""
+
+    verdict: str
+    """Of `VERDICTS`."""
+    reason: str
+    """One sentence."""
+    explained: bool = True
+    """Whether the fine-tune explains the picture better than its base does, as far as is known."""
+
+
+def verdict(
+    *,
+    near_copy: bool,
+    loss: float,
+    gain: float | None,
+    gain_p: float | None,
+    control_losses: np.ndarray,
+    control_gains: np.ndarray,
+    creator_q: np.ndarray,
+    image_q: np.ndarray,
+) -> Verdict:
+    """Decide.
+
+    Args:
+        near_copy: Whether the picture is nearly a training picture: looks, whatever its influence.
+        loss: Of the picture, under the fine-tuned model.
+        gain: Loss under the base less that under the fine-tune; `None` if the base is not known.
+        gain_p: One-sided p-value of a gain above 0, from batches of draws.
+        control_losses: The same losses of the controls.
+        control_gains: The same gains of the controls; empty if the base is not known.
+        creator_q: q-values of the creators' totals; empty without controls.
+        image_q: q-values of the images.
+
+    Returns:
+        `near_copy` before all else. `not_from_model` if the base predicts the picture better than the fine-tune does,
+        or if the fine-tune gained less on it than on 95 % of the controls, or if its loss is above that of every one of
+        at least 99 controls: noise, a photograph, another model's picture. `not_attributable` if no gain is shown, or
+        nothing stands out against the controls. `weak` if single images do and no creator does.
+    """
+    found = _explained(loss, gain, gain_p, control_losses, control_gains)
+    if near_copy:
+        explained = found is None or found.explained
+        return Verdict("near_copy", "it is nearly a training picture; this says nothing of influence", explained)
+    if found is not None:
+        return found
+    if not len(control_losses):
+        return Verdict("not_attributable", "without controls nothing says whether a score is more than chance")
+    if (creator_q <= significance.Q_VALUE).any():
+        return Verdict("attributable", "the totals of some creators are higher than those of groups of controls")
+    if (image_q <= significance.Q_VALUE).any():
+        return Verdict("weak", "single images score higher than controls do, and no creator's total does")
+    return Verdict("not_attributable", "no creator and no image scores higher than controls do")
+
+
+def _explained(
+    loss: float, gain: float | None, gain_p: float | None, control_losses: np.ndarray, control_gains: np.ndarray
+) -> Verdict | None:
+    """A verdict if the fine-tune does not explain the picture."""
+    strangers = len(control_losses)
+    if strangers >= significance.MIN_CONTROLS and loss > control_losses.max():
+        return Verdict("not_from_model", f"its loss is above that of all {strangers} controls", False)
+    if gain_p is not None and gain is not None:
+        if 1 - gain_p <= ALPHA:
+            return Verdict("not_from_model", "the base predicts it better than the fine-tune does", False)
+        below = int((control_gains <= gain).sum())
+        if len(control_gains) and (1 + below) / (1 + len(control_gains)) <= ALPHA:
+            return Verdict("not_from_model", "the fine-tune gained less on it than on 95 % of the controls", False)
+        if gain_p > ALPHA:
+            return Verdict("not_attributable", "the fine-tune predicts it no better than its base does", False)
+    return None

@@ -1,0 +1,159 @@
+"""p-values, false discovery rates, group nulls and standard errors, against their definitions and by simulation."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from influence import curvature as curvatures
+from influence import significance
+
+RNG = np.random.Generator(np.random.PCG64(0))
+
+
+def test_p_values_count_controls_at_least_as_high():
+    controls = np.array([1.0, 2.0, 2.0, 5.0])
+    above = significance.exceedances(np.array([0.0, 1.0, 2.0, 2.1, 5.0, 6.0]), controls)
+    assert above.tolist() == [4, 4, 3, 1, 1, 0]
+    np.testing.assert_allclose(significance.p_values(above, 4), [1, 1, 0.8, 0.4, 0.4, 0.2])
+
+
+def test_q_values_from_a_histogram_are_those_of_benjamini_and_hochberg():
+    controls = RNG.normal(size=30)
+    scores = RNG.normal(size=200) + (np.arange(200) < 40) * 3
+    above = significance.exceedances(scores, controls)
+    counts = np.bincount(above, minlength=31)
+    expected = stats.false_discovery_control(significance.p_values(above, 30))
+    np.testing.assert_allclose(significance.q_values(counts)[above], expected)
+
+
+def test_p_values_of_strangers_are_uniform():
+    p = [
+        significance.p_values(significance.exceedances(RNG.normal(size=1), RNG.normal(size=99)), 99)[0]
+        for _ in range(2000)
+    ]
+    assert stats.kstest(p, "uniform").pvalue > 0.01
+
+
+@pytest.mark.parametrize("size", [1, 10, 100])
+def test_groups_of_strangers_are_significant_as_often_as_they_should_be(size):
+    """Also with fewer controls than works, where a null that took the controls' mean for exact would fail."""
+    found = []
+    for _ in range(400):
+        controls = RNG.standard_t(5, size=60)
+        total = np.array([RNG.standard_t(5, size=size).sum()])
+        nulls = {size: significance.group_null(controls, size, repeats=499)}
+        found.append(significance.group_p_values(total, np.array([size]), nulls)[0])
+    low, high = stats.binom.interval(0.998, 400, 0.05)
+    assert low <= np.sum(np.array(found) <= 0.05) <= high
+    assert abs(np.mean(found) - 0.5) < 0.06
+
+
+def test_a_group_of_one_has_the_p_value_of_its_image():
+    controls = RNG.normal(size=50)
+    for score in (-1.0, 0.3, 2.0):
+        null = significance.group_null(controls, 1, repeats=20_000)
+        group = significance.group_p_values(np.array([score]), np.array([1]), {1: null})[0]
+        single = significance.p_values(significance.exceedances(np.array([score]), controls), 50)[0]
+        assert group == pytest.approx(single, abs=0.02)
+
+
+def test_without_controls_there_is_no_p_value():
+    p = significance.group_p_values(np.zeros(2), np.array([3, 4]), {})
+    assert np.isnan(p).all() and np.isnan(significance.false_discovery_rates(p)).all()
+
+
+def test_intervals_cover_the_value_of_infinitely_many_draws():
+    """τ is the product of two noisy means; batches of each give its standard error."""
+    hits = 0
+    for _ in range(3000):
+        query, train = 2 + RNG.normal(size=(8, 1)), 1 + RNG.normal(size=(5, 1))
+        errors = significance.errors(query * train.mean(0), train * query.mean(0))
+        low, high = errors.interval(query.mean(0) * train.mean(0))
+        hits += bool(low[0] <= 2 <= high[0])
+    assert 0.935 <= hits / 3000 <= 0.985
+
+
+def test_standard_errors_need_two_batches_of_each_kind():
+    errors = significance.errors(np.ones((3, 4)), np.ones((1, 4)))
+    assert np.isnan(errors.se).all() and np.isnan(errors.interval(np.ones(4))[0]).all()
+
+
+def test_a_mean_is_tested_against_zero():
+    values = RNG.normal(0.3, 1, 20)
+    expected = stats.ttest_1samp(values, 0, alternative="greater").pvalue
+    found = significance.above_zero(values.mean(), values.std(ddof=1) / 20**0.5, 19.0)
+    assert found == pytest.approx(expected)
+    assert significance.above_zero(0.0, 0.0, 1.0) == 1 and significance.above_zero(1.0, 0.0, 1.0) == 0
+
+
+def _linear_model(images=40, k=12, damping=0.3):
+    """Least squares: residuals and Jacobians of a model that was trained on all images, in closed form."""
+    import torch
+
+    generator = np.random.Generator(np.random.PCG64(3))
+    x, y = generator.normal(size=(images, k)), generator.normal(size=images)
+    h = 2 * x.T @ x / images
+    lam = damping * np.trace(h) / k
+
+    def fit(keep):
+        return np.linalg.solve(2 * x[keep].T @ x[keep] / images + lam * np.eye(k), 2 * x[keep].T @ y[keep] / images)
+
+    return torch, x, y, lam, fit
+
+
+def test_leverage_gives_the_gradient_of_an_image_left_out():
+    """Of a damped linear model, where leaving out is exact: g_without = g / (1 − h) along g, and here g is a line."""
+    torch, x, y, lam, fit = _linear_model()
+    images, k = x.shape
+    everything = np.ones(images, bool)
+    theta = fit(everything)
+    phi = torch.tensor(2 * (x @ theta - y)[:, None] * x)
+    psi = torch.tensor(2**0.5 * x)
+    blocks = [(psi.numpy().astype(np.float32), np.ones(images))]
+    damping = lam / (2 * (x**2).sum() / images / k)
+    factored = curvatures.curvature(blocks, dim=k, damping=damping, num_rows=images)
+    # One exact row for each image: it is in H for good, so the row itself is not to be left out.
+    solved = curvatures.solve(factored, phi)
+    h = ((psi * solved).sum(1) ** 2 / (phi * solved).sum(1) / images).numpy()
+    for i in range(images):
+        keep = everything.copy()
+        keep[i] = False
+        without = 2 * (x[i] @ fit(keep) - y[i]) * x[i]
+        np.testing.assert_allclose(phi[i].numpy() / (1 - h[i]), without, rtol=1e-4)
+
+
+def test_leverage_leaves_each_curvature_row_out_of_itself_and_is_the_mean_over_rows():
+    torch, x, _, _, _ = _linear_model(images=30, k=8)
+    psi = torch.tensor(np.concatenate([x, x[::-1] * 0.7]).astype(np.float32))
+    item = torch.cat([torch.arange(30), torch.arange(29, -1, -1)])
+    phi = torch.tensor(np.random.Generator(np.random.PCG64(5)).normal(size=(30, 8)).astype(np.float32))
+    factored = curvatures.curvature([(psi.numpy(), np.ones(60))], dim=8, damping=0.2, num_rows=60)
+    found = curvatures.leverage(factored, phi, psi, item, 30.0).numpy()
+    h = psi.double().T @ psi.double() / 60 + factored.damping * torch.eye(8)
+    for i in range(30):
+        parts = []
+        for r in np.flatnonzero(item.numpy() == i):
+            row = psi[r].double()
+            inside = row @ torch.linalg.solve(h, row) / 60
+            parts.append(((row @ torch.linalg.solve(h, phi[i].double())) / (1 - inside)) ** 2)
+        own = phi[i].double() @ torch.linalg.solve(h, phi[i].double())
+        assert found[i] == pytest.approx(float(np.mean(parts) / own / 30), rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [6, 40])
+def test_quadratic_forms_agree_with_solves_in_the_primal_and_the_dual(rows):
+    torch, *_ = _linear_model()
+    generator = np.random.Generator(np.random.PCG64(7))
+    psi = generator.normal(size=(rows, 12)).astype(np.float32)
+    factored = curvatures.curvature([(psi, np.ones(rows))], dim=12, damping=0.1, num_rows=rows)
+    asked = torch.tensor(generator.normal(size=(5, 12)))
+    expected = (asked * curvatures.solve(factored, asked)).sum(1)
+    np.testing.assert_allclose(curvatures.quadratic(factored, asked), expected, rtol=1e-6)
+
+
+def test_feature_leverage_is_the_hat_matrix_of_ridge_regression():
+    torch, x, *_ = _linear_model()
+    phi = x.astype(np.float32)
+    factored = curvatures.curvature([(phi, np.ones(len(phi)))], dim=12, damping=0.1, num_rows=len(phi))
+    hat = phi @ np.linalg.solve(phi.T @ phi + len(phi) * factored.damping * np.eye(12), phi.T)
+    np.testing.assert_allclose(curvatures.feature_leverage(factored, torch.tensor(phi)), np.diag(hat), rtol=1e-4)
