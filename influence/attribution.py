@@ -42,6 +42,7 @@ def attribute(
     lora: str | os.PathLike[str] | None = None,
     engine: str = "auto",
     batch_size: int = DEFAULT_BATCH,
+    memory: str | None = None,
     device: str = "auto",
     progress: Progress = silent,
     message: Message = silent,
@@ -60,6 +61,7 @@ def attribute(
         lora: Where the LoRA is now.
         engine: As for `build`.
         batch_size: As for `build`.
+        memory: As for `build`; of gradients, not of the solve.
         device: As for `build`.
         progress: Called as work gets done.
         message: Called with lines that a person must see.
@@ -93,8 +95,9 @@ def attribute(
     if len(prompts) != len(paths):
         raise OptionError(f"there are {len(prompts)} prompts for {len(paths)} pictures; pass one, or one for each")
     loaded, options = load_for(
-        made, model=model, lora=lora, draws=draws, engine=engine, batch_size=batch_size, device=device, message=message
-    )
+        made, model=model, lora=lora, draws=draws, engine=engine, batch_size=batch_size, memory=memory, device=device,
+        message=message,
+    )  # fmt: skip
     if made.missing(chosen.family):
         message(
             f"{method} needs gradients of another output of the training images: taking them once, kept in the store"

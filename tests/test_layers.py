@@ -11,12 +11,12 @@ LAYERS = [
     ["keys"],
     ["spec", "diffusion", "projection", "curvature"],
     ["gradients", "scoring", "metrics"],
-    ["features", "commit"],
+    ["features", "commit", "memory"],
     ["datasets", "models", "shards", "exclusions", "training"],
     ["items", "finetuning"],
     ["store", "executors", "typefaces"],
     ["verification", "figure", "pipeline", "retraining"],
-    ["inspection", "attribution", "repair"],
+    ["inspection", "attribution", "planning", "repair"],
     ["demo", "doctor", "evaluation"],
 ]
 MIDDLE = {"spec", "diffusion", "projection", "curvature", "gradients", "scoring", "metrics", "features"}
