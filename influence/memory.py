@@ -74,7 +74,7 @@ def rows_within(budget: int, cost: Callable[[int], int], most: int) -> int:
         held = cost(rows)
     if fitting < 1:
         raise OptionError(
-            f"memory is {format_size(budget)} for a process, and one with one row in a batch takes {format_size(held)}; "
-            "give more, or take a smaller --resolution"
+            f"memory is {format_size(budget)} for a process, and one with one row in a batch takes "
+            f"{format_size(held)}; give more, or take a smaller --resolution"
         )
     return min(fitting, most)
