@@ -62,6 +62,8 @@ def make(folder: Path, count: int) -> None:
         content = ShardContent(
             "loss", shard, ids,
             phi=rows(shard, len(ids)),
+            phi_batch=np.empty((len(ids), 0, DIM), np.float16),
+            phi_scale=np.empty((len(ids), 0), np.float32),
             loss=np.ones(len(ids), np.float32),
             psi=rows(f"psi {shard}", int(per_image.sum())),
             psi_item=np.repeat(np.arange(len(ids)), per_image).astype(np.int32),
