@@ -84,8 +84,8 @@ def plan(
         work()  # … and the second is the price
         per_row = (time.perf_counter() - start) / (shape[1] * shape[2])
         seconds += whole * per_row * sum(count * s[1] * s[2] for s, count in counts.items() if s[0] == curvature)
-    batches = diffusion.num_batches(chosen.draws)
     psi_rows = whole * sum(count * s[1] * s[2] for s, count in counts.items() if s[0])
+    layout = shards.layout(n, round(psi_rows), k, diffusion.num_batches(chosen.draws))
     return {
         "images": n,
         "files": len(data.items),
@@ -97,7 +97,7 @@ def plan(
         "engine": recipe.engine,
         "device": str(x0.device),
         "batch_size": recipe.batch_size,
-        "disk_bytes": shards.size(shards.layout(n, round(psi_rows), k, batches)) + _FILES * -(-n // per_shard) + _ROW * n,
+        "disk_bytes": shards.size(layout) + _FILES * -(-n // per_shard) + _ROW * n,
         "memory_bytes": highest + kept,
         "seconds": seconds,
     }
