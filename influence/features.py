@@ -109,6 +109,16 @@ def features(
     )
 
 
+def joined(parts: Sequence[Features]) -> Features:
+    """Features of images that were taken in parts, in order."""
+    firsts = np.cumsum([0, *(len(part.phi) for part in parts)])
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])}
+    columns["psi_item"] = np.concatenate(
+        [part.psi_item + np.int32(first) for part, first in zip(parts, firsts, strict=False)]
+    )
+    return Features(**columns)
+
+
 def forwards(recipe: Recipe, item_ids: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
     """Split the (image, draw) rows into forwards with equally many draws per row of φ.
 

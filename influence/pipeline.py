@@ -16,7 +16,7 @@ import torch
 from influence import datasets, diffusion, executors, gradients, models, shards, spec, store
 from influence import items as tables
 from influence.errors import DatasetError, GradientError, OptionError
-from influence.features import Features, Recipe, features
+from influence.features import Features, Recipe, features, joined
 from influence.memory import parse_size, peak, rows_within
 from influence.models import Denoiser
 from influence.projection import PROJECTIONS
@@ -432,7 +432,7 @@ def _prepare_worker(
     path: Path, family: str, options: BuildOptions, data: datasets.Dataset, workers: int
 ) -> executors.Work:
     """In a worker process: load everything again."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // workers)))
     loaded = load(options, silent)
     return _shard_work(store.open_store(path), family, loaded, data)
 
@@ -472,10 +472,13 @@ def with_changes(recipe: Recipe, **changes: Any) -> Recipe:
 
 
 def take(denoiser: Denoiser, recipe: Recipe, items: Sequence[datasets.Item]) -> Features:
-    """Load images, and take their features."""
-    return take_arrays(
-        denoiser, recipe, [i.item_id for i in items], decode(denoiser, items), [i.caption for i in items]
-    )
+    """Load images, and take their features; pictures of one batch at a time are in memory."""
+    parts = []
+    for start in range(0, max(len(items), 1), recipe.batch_size):
+        part = items[start : start + recipe.batch_size]
+        ids, captions = [item.item_id for item in part], [item.caption for item in part]
+        parts.append(take_arrays(denoiser, recipe, ids, decode(denoiser, part), captions))
+    return joined(parts)
 
 
 def decode(denoiser: Denoiser, items: Sequence[datasets.Item]) -> list[np.ndarray]:

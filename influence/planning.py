@@ -59,10 +59,11 @@ def plan(
     draws: dict[Shape, np.ndarray] = {}
     counts: Counter[Shape] = Counter()
     for ids in counted:
-        for _, which, curvature in features.forwards(recipe, ids):
-            shape = (curvature, *which.shape)
-            draws.setdefault(shape, which)
-            counts[shape] += 1
+        for first in range(0, len(ids), recipe.batch_size):  # as `pipeline.take` takes them
+            for _, which, curvature in features.forwards(recipe, ids[first : first + recipe.batch_size]):
+                shape = (curvature, *which.shape)
+                draws.setdefault(shape, which)
+                counts[shape] += 1
     whole = n / sum(map(len, counted))
     commonest = {shape[0]: shape for shape in sorted(counts, key=lambda shape: counts[shape] * shape[1] * shape[2])}
 
