@@ -110,8 +110,10 @@ def world(train: int, query: int, draws: int, dim: int) -> World:
 # Ours ---------------------------------------------------------------------------------------------------------------
 
 
-def ours(w: World, method: str, projection: str = "countsketch", only: str = "") -> tuple[float, Scores]:
-    """Features of both roles, the solve, the scan."""
+def ours(
+    w: World, method: str, projection: str = "countsketch", only: str = "", bf16: bool = False
+) -> tuple[float, Scores]:
+    """Features of both roles, the solve, the scan; `only` parameters with this in their names."""
     start = time.process_time()
     network = Called(w.unet)
     parameters = {name: p for name, p in w.unet.named_parameters() if only in name}
@@ -123,7 +125,7 @@ def ours(w: World, method: str, projection: str = "countsketch", only: str = "")
         recipe = Recipe(
             schedule=SCHEDULE, parameters=parameters, seed=0, role=role, num_draws=w.draws, curvature_rate=rate,
             projection=PROJECTIONS[projection](shapes, dim=dim, seed=0, device=torch.device("cpu")), output="loss",
-            bf16=False, engine="hooks", batch_size=64,
+            bf16=bf16, engine="hooks", batch_size=64,
         )  # fmt: skip
         return features.features(network, recipe, w.ids(role), w.clean[role], None)
 
