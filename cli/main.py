@@ -70,6 +70,7 @@ _compute = options_of(
                  help="How gradients are taken; auto: hooks where they cover every parameter."),
     click.option("--batch-size", type=int, default=influence.DEFAULT_BATCH, show_default=True,
                  help="Rows (image, draw) in one forward; changes speed and memory, never values."),
+    click.option("--memory", metavar="SIZE", help="Choose --batch-size so that a process stays within 8GiB, say."),
     click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …"),
 )  # fmt: skip
 
@@ -140,7 +141,7 @@ def build(dataset: Path, store: Path | None, plan: bool, workers: int, **options
 def _quantity(name: str, value: Any) -> str:
     if name == "seconds":
         return f"{value:,.0f} (one process)"
-    if name == "disk_bytes":
+    if name in ("disk_bytes", "memory_bytes"):
         return f"{value / 2**20:,.0f} MiB"
     return f"{value:,}" if isinstance(value, int) else str(value)
 

@@ -22,7 +22,8 @@ from influence.evaluation import (
 from influence.finetuning import FineTune
 from influence.gradients import ENGINES
 from influence.inspection import inspect
-from influence.pipeline import DEFAULT_BATCH, build, plan
+from influence.pipeline import DEFAULT_BATCH, build
+from influence.planning import plan
 from influence.projection import PROJECTIONS
 from influence.repair import repair
 from influence.retraining import Query, Run, Truth

@@ -42,6 +42,7 @@ def attribute(
     base: str | os.PathLike[str] | None = None,
     engine: str = "auto",
     batch_size: int = DEFAULT_BATCH,
+    memory: str | None = None,
     device: str = "auto",
     progress: Progress = silent,
     message: Message = silent,
@@ -62,6 +63,7 @@ def attribute(
         base: The pipeline that the fine-tune started from, if it was not named at build; a LoRA's is known.
         engine: As for `build`.
         batch_size: As for `build`.
+        memory: As for `build`; of gradients, not of the solve.
         device: As for `build`.
         progress: Called as work gets done.
         message: Called with lines that a person must see.
@@ -80,8 +82,8 @@ def attribute(
         raise OptionError(f"k is {k}; expected at least 1, or all")
     return score(
         images, store, k=k, method=method, damping=damping, draws=draws, prompt=prompt, intervals=intervals,
-        model=model, lora=lora, base=base, engine=engine, batch_size=batch_size, device=device, progress=progress,
-        message=message,
+        model=model, lora=lora, base=base, engine=engine, batch_size=batch_size, memory=memory, device=device,
+        progress=progress, message=message,
     ).table  # fmt: skip
 
 
@@ -144,6 +146,7 @@ def score(
     base: str | os.PathLike[str] | None,
     engine: str,
     batch_size: int,
+    memory: str | None,
     device: str,
     progress: Progress,
     message: Message,
@@ -164,8 +167,9 @@ def score(
     paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
     prompts = _prompts(made, prompt, len(paths))
     loaded, options = load_for(
-        made, model=model, lora=lora, draws=draws, engine=engine, batch_size=batch_size, device=device, message=message
-    )
+        made, model=model, lora=lora, draws=draws, engine=engine, batch_size=batch_size, memory=memory, device=device,
+        message=message,
+    )  # fmt: skip
     controls = made.controls()
     for part in (made, controls):
         if part is not None and part.missing(chosen.family):

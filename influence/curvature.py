@@ -53,43 +53,42 @@ def curvature(blocks: Blocks, *, dim: int, damping: float, num_rows: int) -> Cur
     return _dual(blocks, dim, damping) if num_rows < dim else _primal(blocks, dim, damping)
 
 
-def _weighted(blocks: Blocks) -> Iterator[tuple[Tensor, float]]:
+def _weighted(blocks: Blocks) -> Iterator[tuple[np.ndarray, float]]:
     """Rows scaled by √w, and Σ w, in blocks of a fixed number of rows at most."""
     for psi, weights in blocks:
         for start in range(0, len(psi), _BLOCK):
-            w = weights[start : start + _BLOCK]
-            rows = torch.tensor(psi[start : start + _BLOCK])
-            yield (rows if (w == 1).all() else rows * torch.from_numpy(np.sqrt(w)).float()[:, None]), float(w.sum())
+            w, rows = weights[start : start + _BLOCK], np.asarray(psi[start : start + _BLOCK])
+            yield (rows if (w == 1).all() else rows * np.sqrt(w).astype(np.float32)[:, None]), float(w.sum())
 
 
 def _primal(blocks: Blocks, dim: int, damping: float) -> Curvature:
-    h = torch.zeros(dim, dim, dtype=torch.float64)
+    h = np.zeros((dim, dim))
     total = 0.0
     for rows, weight in _weighted(blocks):
-        h += rows.T @ rows  # float32 over at most 2048 rows, added in float64
+        h += rows.T @ rows  # numpy sees the symmetry: half the work; float32 over ≤ 2048 rows, added in float64
         total += weight
     h /= total
     lam = damping * float(h.trace()) / dim
-    h.diagonal().add_(lam)
+    h[np.diag_indices(dim)] += lam
     return Curvature(_cholesky(h, lam), lam, total)
 
 
 def _dual(blocks: Blocks, dim: int, damping: float) -> Curvature:
     parts = list(_weighted(blocks))
-    psi, total = torch.cat([rows for rows, _ in parts]), sum(weight for _, weight in parts)
-    m = torch.zeros(len(psi), len(psi), dtype=torch.float64)
+    psi, total = np.concatenate([rows for rows, _ in parts]), sum(weight for _, weight in parts)
+    m = np.zeros((len(psi), len(psi)))
     for start in range(0, dim, _BLOCK):
         columns = psi[:, start : start + _BLOCK]
         m += columns @ columns.T
     lam = damping * float(m.trace()) / total / dim
-    m.diagonal().add_(total * lam)
-    return Curvature(_cholesky(m, lam), lam, total, psi)
+    m[np.diag_indices(len(psi))] += total * lam
+    return Curvature(_cholesky(m, lam), lam, total, torch.from_numpy(psi))
 
 
-def _cholesky(matrix: Tensor, lam: float) -> Tensor:
+def _cholesky(matrix: Float64[np.ndarray, "n n"], lam: float) -> Float64[Tensor, "n n"]:
     if not lam > 0:
         raise OptionError("all curvature rows are zero: the model's prediction does not depend on the parameters")
-    factor, info = torch.linalg.cholesky_ex(matrix)
+    factor, info = torch.linalg.cholesky_ex(torch.from_numpy(matrix))
     if int(info):
         raise OptionError(f"the curvature matrix is not positive definite at λ = {lam:.3g}; use a larger --damping")
     return factor
@@ -158,4 +157,4 @@ def feature_leverage(curvature: Curvature, phi: Float[Tensor, "images k"]) -> Fl
 
 def stack(blocks: Blocks) -> Float32[Tensor, "rows k"]:
     """Ψ of the dual, weights inside, for a factor that was kept."""
-    return torch.cat([rows for rows, _ in _weighted(blocks)])
+    return torch.from_numpy(np.concatenate([rows for rows, _ in _weighted(blocks)]))

@@ -82,12 +82,9 @@ def features(
     phi = torch.zeros(n * part, k, device=x0.device)
     total = torch.zeros(n * part, device=x0.device)
     psi: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    for rows, which, curvature in _batches(recipe, item_ids):
+    for rows, which, curvature in forwards(recipe, item_ids):
         images = rows // part
-        inputs, outputs = _prepare(recipe, item_ids, x0, cond, images, which, curvature)
-        results = gradients.per_sample_gradients(
-            network, recipe.parameters, inputs, outputs, recipe.projection, engine=recipe.engine, bf16=recipe.bf16
-        )
+        results = forward(network, recipe, item_ids, x0, cond, images, which, curvature)
         index = torch.as_tensor(rows, device=x0.device)
         phi.index_add_(0, index, results[0].features)
         total.index_add_(0, index, results[0].values.float().unflatten(0, (len(images), -1)).sum(1))
@@ -156,7 +153,17 @@ def _rows(
     return x0[index], t, eps, None if cond is None else cond[index]
 
 
-def _batches(recipe: Recipe, item_ids: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
+def joined(parts: Sequence[Features]) -> Features:
+    """Features of images that were taken in parts, in order."""
+    firsts = np.cumsum([0, *(len(part.phi) for part in parts)])
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])}
+    columns["psi_item"] = np.concatenate(
+        [part.psi_item + np.int32(first) for part, first in zip(parts, firsts, strict=False)]
+    )
+    return Features(**columns)
+
+
+def forwards(recipe: Recipe, item_ids: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
     """Split the (image, draw) rows into forwards with equally many draws per row of φ.
 
     A row of φ is of one image and one batch of its draws. Draws that give a curvature row are apart from the others, so
@@ -180,6 +187,23 @@ def _batches(recipe: Recipe, item_ids: Sequence[str]) -> Iterator[tuple[np.ndarr
                 which = np.stack([lists[i] for i in part])
                 for start in range(0, count, recipe.batch_size):
                     yield part, which[:, start : start + recipe.batch_size], curvature
+
+
+def forward(
+    network: nn.Module,
+    recipe: Recipe,
+    item_ids: Sequence[str],
+    x0: Tensor,
+    cond: Tensor | None,
+    images: np.ndarray,
+    which: np.ndarray,
+    curvature: bool,
+) -> list[gradients.Result]:
+    """Take the gradients of one of the `forwards`: of the output, summed over the draws of each row; of the probes."""
+    inputs, outputs = _prepare(recipe, item_ids, x0, cond, images, which, curvature)
+    return gradients.per_sample_gradients(
+        network, recipe.parameters, inputs, outputs, recipe.projection, engine=recipe.engine, bf16=recipe.bf16
+    )
 
 
 def _prepare(

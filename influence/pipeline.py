@@ -2,8 +2,8 @@
 
 import functools
 import importlib.metadata
+import math
 import os
-import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +13,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from influence import datasets, diffusion, executors, gradients, models, spec, store
+from influence import datasets, diffusion, executors, gradients, models, shards, spec, store
+from influence import items as tables
 from influence.errors import DatasetError, GradientError, OptionError
-from influence.features import Features, Recipe, features
+from influence.features import Features, Recipe, features, joined
+from influence.memory import parse_size, peak, rows_within
 from influence.models import Denoiser
 from influence.projection import PROJECTIONS
 from influence.spec import FeatureSpec
@@ -27,7 +29,8 @@ Message = Callable[[str], Any]
 """Called with one line that a person must see."""
 
 LIBRARIES = ("influence", "torch", "diffusers", "peft", "transformers", "numpy", "h5py", "pillow")
-DEFAULT_BATCH = 64
+DEFAULT_BATCH, MAX_BATCH = 64, 256
+COPIES = 4  # of a shard's rows, at its commit: the features, HDF5's image of them, the bytes of the file, both again
 _NOT_FINITE = "its loss or gradient is not finite"
 _GONE = "it is excluded, and was not in the data set when its shard was built"
 
@@ -64,6 +67,7 @@ def build(
     creator_column: str | None = None,
     resolution: int | None = None,
     batch_size: int = DEFAULT_BATCH,
+    memory: str | None = None,
     device: str = "auto",
     dtype: str = "fp32",
     workers: int = 1,
@@ -91,6 +95,7 @@ def build(
         creator_column: Column of the metadata that names the creator; `creator` if there is one.
         resolution: Pixels of a side; the model's own by default.
         batch_size: Rows (image, draw) in one forward.
+        memory: What all workers may hold together, such as `8GiB`: chooses the batch size instead.
         device: `auto`, `cpu`, `cuda` …
         dtype: `fp32`, or `bf16` for the forward and backward passes.
         workers: Number of processes.
@@ -128,6 +133,9 @@ def build(
         "resolution": options.resolution,
         "creator_column": creator_column,
     }
+    if memory is not None:
+        held = COPIES * shard_bytes(loaded, options, data, curvature_budget(loaded, options, data, curvature_rows)[1])
+        loaded, options = within_memory(loaded, options, memory, held, message, workers)
     made = _open_or_create(Path(store), loaded, options, data, curvature_rows, source)
     run_shards(made, "loss", loaded, options, data, workers, progress, message)
     if controls is not None:
@@ -137,21 +145,21 @@ def build(
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What a worker process needs to do its part."""
+    """What a worker process needs to do its part; see `build`."""
 
     dataset: str
     model: str
-    lora: str | None
-    dim: int
-    projection: str
-    draws: int
-    seed: int
-    engine: str
-    parameters: str | None
-    resolution: int | None
-    batch_size: int
-    device: str
-    dtype: str
+    lora: str | None = None
+    dim: int = 8192
+    projection: str = "countsketch"
+    draws: int = 40
+    seed: int = 0
+    engine: str = "auto"
+    parameters: str | None = None
+    resolution: int | None = None
+    batch_size: int = DEFAULT_BATCH
+    device: str = "auto"
+    dtype: str = "fp32"
 
 
 def load(options: BuildOptions, message: Message) -> Loaded:
@@ -204,6 +212,26 @@ def load(options: BuildOptions, message: Message) -> Loaded:
         batch_size=options.batch_size,
     )
     return Loaded(denoiser, made, recipe)
+
+
+def within_memory(
+    loaded: Loaded, options: BuildOptions, memory: str, held: int, message: Message, workers: int = 1
+) -> tuple[Loaded, BuildOptions]:
+    """Choose the batch size by a budget, for all workers together; `held` bytes of each are for other things.
+
+    Raises:
+        OptionError: The budget is no size, or too small for one row.
+    """
+    denoiser, device = loaded.denoiser, torch.device(_device(options.device))
+    blank = np.zeros(denoiser.image_size, np.float32)
+
+    def cost(rows: int) -> int:
+        recipe = with_changes(loaded.recipe, num_draws=rows, curvature_rate=float(rows), batch_size=rows)
+        return held + peak(lambda: rows and take_arrays(denoiser, recipe, ["blank"], [blank], [""]), device)
+
+    rows = rows_within(parse_size(memory) // workers, cost, MAX_BATCH)
+    message(f"batches of {rows} rows (image, draw), for a memory of {memory}")
+    return replace(loaded, recipe=with_changes(loaded.recipe, batch_size=rows)), replace(options, batch_size=rows)
 
 
 def _device(name: str) -> str:
@@ -260,6 +288,27 @@ def read(
     return data
 
 
+def curvature_budget(
+    loaded: Loaded, options: BuildOptions, data: datasets.Dataset, curvature_rows: int | None
+) -> tuple[int, float]:
+    """Curvature rows that are wanted in all, and for each image on average.
+
+    Raises:
+        OptionError: Fewer than none are wanted.
+    """
+    wanted = 2 * loaded.spec.dim if curvature_rows is None else curvature_rows
+    if wanted < 0:
+        raise OptionError(f"curvature-rows is {wanted}; expected 0 or more")
+    return wanted, min(wanted / len({item.item_id for item in data.items}), float(options.draws))
+
+
+def shard_bytes(loaded: Loaded, options: BuildOptions, data: datasets.Dataset, rate: float) -> int:
+    """Bytes of the features of one shard."""
+    k = loaded.spec.dim
+    images = tables.images_per_shard(len({item.item_id for item in data.items}), k, rate)
+    return shards.size(shards.layout(images, math.ceil(images * rate), k, diffusion.num_batches(options.draws)))
+
+
 def _open_or_create(
     path: Path,
     loaded: Loaded,
@@ -269,11 +318,8 @@ def _open_or_create(
     source: dict[str, Any],
 ) -> Store:
     """Create the store, or open it to go on; in both cases the spec must be this one."""
-    wanted = 2 * loaded.spec.dim if curvature_rows is None else curvature_rows
-    if wanted < 0:
-        raise OptionError(f"curvature-rows is {wanted}; expected 0 or more")
+    wanted, rate = curvature_budget(loaded, options, data, curvature_rows)
     # The rate belongs to the store: images that are added later do not change the rows of those already there.
-    rate = min(wanted / len({item.item_id for item in data.items}), float(options.draws))
     if (path / "store.json").exists():
         rate = store.open_store(path).build.get("curvature_rate", rate)
     items = pd.DataFrame(
@@ -339,6 +385,7 @@ def load_for(
     batch_size: int,
     device: str,
     message: Message,
+    memory: str | None = None,
 ) -> tuple[Loaded, BuildOptions]:
     """Load the model of a store, and make sure that it is the one.
 
@@ -351,6 +398,7 @@ def load_for(
         batch_size: As for `build`.
         device: As for `build`.
         message: Called with lines that a person must see.
+        memory: As for `build`.
 
     Raises:
         InfluenceError: The model is not there, or is another one.
@@ -381,7 +429,7 @@ def load_for(
         where=f"store {made.path.name}",
         advice="Pass the model and LoRA that the store was built with.",
     )
-    return loaded, options
+    return (loaded, options) if memory is None else within_memory(loaded, options, memory, 0, message)
 
 
 def run_shards(
@@ -423,7 +471,7 @@ def _prepare_worker(
     path: Path, family: str, options: BuildOptions, data: datasets.Dataset, workers: int
 ) -> executors.Work:
     """In a worker process: load everything again."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // workers)))
     loaded = load(options, silent)
     return _shard_work(store.open_store(path), family, loaded, data)
 
@@ -463,10 +511,19 @@ def with_changes(recipe: Recipe, **changes: Any) -> Recipe:
 
 
 def take(denoiser: Denoiser, recipe: Recipe, items: Sequence[datasets.Item]) -> Features:
-    """Load images, and take their features."""
+    """Load images, and take their features; pictures of one batch at a time are in memory."""
+    parts = []
+    for start in range(0, max(len(items), 1), recipe.batch_size):
+        part = items[start : start + recipe.batch_size]
+        ids, captions = [item.item_id for item in part], [item.caption for item in part]
+        parts.append(take_arrays(denoiser, recipe, ids, decode(denoiser, part), captions))
+    return joined(parts)
+
+
+def decode(denoiser: Denoiser, items: Sequence[datasets.Item]) -> list[np.ndarray]:
+    """Pixels of images, as the model takes them."""
     channels, height, width = denoiser.image_size
-    pixels = [datasets.load(item, height=height, width=width, channels=channels) for item in items]
-    return take_arrays(denoiser, recipe, [i.item_id for i in items], pixels, [i.caption for i in items])
+    return [datasets.load(item, height=height, width=width, channels=channels) for item in items]
 
 
 def take_arrays(
@@ -517,55 +574,3 @@ def _content(
         psi_draw=taken.psi_draw[keep],
         refused={i: _NOT_FINITE for i, ok in zip(ids, good, strict=True) if not ok} | (refused or {}),
     )
-
-
-# Plan ---------------------------------------------------------------------------------------------------------------
-
-
-def plan(
-    dataset: str | os.PathLike[str], *, model: str | os.PathLike[str], message: Message = silent, **options: Any
-) -> dict[str, Any]:
-    """Say what a build would cost, from two measured batches; takes the options of `build` and writes nothing.
-
-    Returns:
-        Images, draws, curvature rows, bytes on disk, seconds (one process), engine and parameters.
-
-    Raises:
-        InfluenceError: An input cannot be used.
-    """
-    creator_column, curvature_rows = options.pop("creator_column", None), options.pop("curvature_rows", None)
-    progress, lora = options.pop("progress", silent), options.pop("lora", None)
-    for name in ("store", "workers", "controls", "base"):
-        options.pop(name, None)
-    defaults = {
-        "dim": 8192, "projection": "countsketch", "draws": 40, "seed": 0, "engine": "auto", "parameters": None,
-        "resolution": None, "batch_size": DEFAULT_BATCH, "device": "auto", "dtype": "fp32",
-    }  # fmt: skip
-    chosen = BuildOptions(
-        dataset=str(dataset), model=str(model), lora=None if lora is None else str(lora), **defaults | options
-    )
-    loaded = load(chosen, message)
-    data = read(dataset, loaded.denoiser, creator_column, progress, message)
-    unique = list({item.item_id: item for item in data.items}.values())
-    k, n = loaded.spec.dim, len(unique)
-    rows = min(2 * k if curvature_rows is None else curvature_rows, n * chosen.draws)
-    recipe = with_changes(loaded.recipe, curvature_rate=rows / n)
-    sample = unique[: max(1, recipe.batch_size // chosen.draws)]
-    seconds = []
-    for _ in range(2):  # the first pays for allocations and kernels: the second is the price
-        start = time.perf_counter()
-        take(loaded.denoiser, recipe, sample)
-        seconds.append(time.perf_counter() - start)
-    return {
-        "images": n,
-        "files": len(data.items),
-        "refused": len(data.refused),
-        "draws": chosen.draws,
-        "curvature_rows": rows,
-        "parameters": sum(parameter.numel() for parameter in loaded.denoiser.parameters.values()),
-        "dim": k,
-        "engine": recipe.engine,
-        "device": _device(chosen.device),
-        "disk_bytes": 4 * k * (n + rows) + 2 * k * n * diffusion.num_batches(chosen.draws),
-        "seconds": seconds[0] - seconds[1] + seconds[1] * n / len(sample),
-    }

@@ -17,6 +17,7 @@ def repair(
     lora: str | os.PathLike[str] | None = None,
     engine: str = "auto",
     batch_size: int = DEFAULT_BATCH,
+    memory: str | None = None,
     device: str = "auto",
     progress: Progress = silent,
     message: Message = silent,
@@ -32,6 +33,7 @@ def repair(
         lora: Where the LoRA is now.
         engine: As for `build`.
         batch_size: As for `build`.
+        memory: As for `build`.
         device: As for `build`.
         progress: Called as work gets done.
         message: Called with lines that a person must see.
@@ -53,8 +55,9 @@ def repair(
     lost = {family: {p.shard for p in problems if p.family == family and p.item_ids} for family in ("loss", "square")}
     if any(lost.values()):
         loaded, options = load_for(
-            made, model=model, lora=lora, draws=1, engine=engine, batch_size=batch_size, device=device, message=message
-        )
+            made, model=model, lora=lora, draws=1, engine=engine, batch_size=batch_size, memory=memory, device=device,
+            message=message,
+        )  # fmt: skip
         where = made.source["dataset"] if dataset is None else str(Path(dataset).absolute())
         data = read(where, loaded.denoiser, made.source["creator_column"], progress, message)
         wanted = {item_id for problem in problems for item_id in problem.item_ids} - made.excluded

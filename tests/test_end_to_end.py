@@ -135,6 +135,9 @@ def test_a_lora_from_the_command_line_gives_the_dot_products_of_plain_autograd_w
 def test_batches_engines_and_workers_change_no_feature(world, built, tmp_path, options):
     build(world, tmp_path / "s", **options)
     same(built, tmp_path / "s")
+    if "workers" in options:
+        bytes_of = {p.name: p.read_bytes() for p in (tmp_path / "s" / "shards").iterdir()}
+        assert bytes_of == {p.name: p.read_bytes() for p in (built / "shards").iterdir()}
 
 
 def test_names_and_order_of_files_change_no_feature(world, built, tmp_path):

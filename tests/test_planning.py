@@ -1,0 +1,95 @@
+"""What a plan foretells, and what then happens; seconds are compared by benchmarks/plan.py."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tiny_models import pictures, tiny_ddpm, tiny_stable_diffusion
+
+import influence
+from influence import features, pipeline
+
+OPTIONS = {"dim": 512, "draws": 6, "curvature_rows": 40}
+MEASURED = """
+import json, sys
+from pathlib import Path
+import torch
+import influence
+torch.set_num_threads(1)
+what, data, model, store, options = sys.argv[1:]
+options = {"model": model} | json.loads(options)
+if what == "plan":
+    print(json.dumps(influence.plan(data, **options)))
+else:
+    influence.build(data, store=store, **options)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    print(1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plan")
+    tiny_ddpm(path / "ddpm")
+    tiny_stable_diffusion(path / "sd")
+    pictures(path / "data", count=20)
+    return path
+
+
+@pytest.mark.parametrize("model", ["ddpm", "sd"])
+def test_disk_and_memory_are_within_a_fifth_of_what_then_happens(world, tmp_path, model):
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the peak of a process is read from /proc")
+
+    def run(what):
+        parts = [what, world / "data", world / model, tmp_path / "s", json.dumps(OPTIONS)]
+        command = [sys.executable, "-c", MEASURED, *map(str, parts)]
+        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    planned, held = run("plan"), run("build")
+    disk = sum(p.stat().st_size for p in (tmp_path / "s").rglob("*") if p.is_file())
+    assert planned["disk_bytes"] == pytest.approx(disk, rel=0.2)
+    assert planned["memory_bytes"] == pytest.approx(held, rel=0.2)
+    rows, psi_rows = influence.open_store(tmp_path / "s").num_rows()
+    assert (planned["images"], planned["curvature_rows"]) == (rows, psi_rows)
+
+
+def test_every_forward_of_the_build_is_counted(world, tmp_path, monkeypatch):
+    """One second for each row of a forward, two if it gives curvature rows: the plan must add up to the same."""
+    clock, taken = [0.0], []
+
+    def forward(network, recipe, ids, x0, cond, images, which, curvature):
+        clock[0] += which.size * (1 + curvature)
+        taken.append(which.size * (1 + curvature))
+        return real(network, recipe, ids, x0, cond, images, which, curvature)
+
+    real = features.forward
+    monkeypatch.setattr(features, "forward", forward)
+    monkeypatch.setattr("influence.planning.time.perf_counter", lambda: clock[0])
+    planned = influence.plan(world / "data", model=world / "ddpm", **OPTIONS)
+    taken.clear()
+    influence.build(world / "data", model=world / "ddpm", store=tmp_path / "s", **OPTIONS)
+    assert planned["seconds"] == pytest.approx(sum(taken))
+
+
+def test_a_memory_chooses_the_batch_and_no_value_changes(world, tmp_path):
+    said = []
+    for name, more in (("a", {"batch_size": 5}), ("b", {"memory": "6GiB", "message": said.append})):
+        influence.build(world / "data", model=world / "ddpm", store=tmp_path / name, **OPTIONS, **more)
+    assert f"batches of {pipeline.MAX_BATCH} rows (image, draw), for a memory of 6GiB" in said
+    a, b = (list(influence.open_store(tmp_path / name).blocks()) for name in "ab")
+    for first, second in zip(a, b, strict=True):
+        for x, y in ((first.phi, second.phi), (first.psi, second.psi)):
+            assert (np.linalg.norm(x - y, axis=1) <= 1e-5 * np.linalg.norm(x, axis=1)).all()
+
+
+@pytest.mark.parametrize(
+    ("memory", "words"),
+    [("much", "expected a size such as 8GiB"), ("10MB", "memory is 10 MiB for a process, and one with")],
+)
+def test_a_memory_that_cannot_be_is_refused(world, tmp_path, memory, words):
+    with pytest.raises(influence.OptionError, match=words):
+        influence.build(world / "data", model=world / "ddpm", store=tmp_path / "s", memory=memory, **OPTIONS)
+    assert not (tmp_path / "s").exists()
