@@ -12,6 +12,7 @@ from typing import Any
 import click
 import pandas as pd
 from influence_cli.evaluate import evaluate
+from influence_cli.extract import extract
 from influence_cli.printing import clean, options_of, progress, say
 from rich.console import Console
 from rich.markup import escape
@@ -329,3 +330,4 @@ def demo(out: Path) -> None:
 
 
 cli.add_command(evaluate)
+cli.add_command(extract)

@@ -10,16 +10,16 @@ LAYERS = [
     ["errors"],
     ["keys"],
     ["spec", "diffusion", "projection", "curvature"],
-    ["gradients", "scoring", "metrics"],
+    ["gradients", "scoring", "metrics", "similarity"],
     ["features", "commit"],
     ["datasets", "models", "shards", "exclusions", "training"],
     ["items", "finetuning"],
     ["store", "executors", "typefaces"],
-    ["verification", "figure", "pipeline", "retraining"],
-    ["inspection", "attribution", "repair"],
-    ["demo", "doctor", "evaluation"],
+    ["verification", "figure", "contactsheet", "pipeline", "retraining"],
+    ["inspection", "attribution", "nearcopies", "repair"],
+    ["demo", "doctor", "evaluation", "extraction"],
 ]
-MIDDLE = {"spec", "diffusion", "projection", "curvature", "gradients", "scoring", "metrics", "features"}
+MIDDLE = {"spec", "diffusion", "projection", "curvature", "gradients", "scoring", "metrics", "features", "similarity"}
 ORDER = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
