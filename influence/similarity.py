@@ -56,7 +56,7 @@ class Nearest:
 
 
 def similarity(
-    queries: Float[Tensor, "queries channels height width"], works: Float[Tensor, "works channels height width"]
+    queries: Float[Tensor, "queries _ _ _"], works: Float[Tensor, "works channels height width"]
 ) -> Float[np.ndarray, "queries works"]:
     """Zero-mean normalised cross-correlation, the largest over small shifts and the mirror image.
 
@@ -71,7 +71,8 @@ def similarity(
         OptionError: The shapes differ or a value is not finite.
     """
     if queries.shape[1:] != works.shape[1:]:
-        found = f"queries have shape {tuple(queries.shape[1:])} and works {tuple(works.shape[1:])}"
+        sizes = [" × ".join(map(str, x.shape[1:])) for x in (queries, works)]
+        found = f"queries are {sizes[0]} and works {sizes[1]}"
         raise OptionError(f"{found}; expected the same; resize them alike")
     if not bool(torch.isfinite(queries).all() and torch.isfinite(works).all()):
         raise OptionError("a picture holds NaN or infinity; expected finite values; check what made it")
@@ -94,7 +95,7 @@ def similarity(
 
 
 def cosine(
-    queries: Float[np.ndarray, "queries width"], works: Float[np.ndarray, "works width"]
+    queries: Float[np.ndarray, "queries _"], works: Float[np.ndarray, "works width"]
 ) -> Float[np.ndarray, "queries works"]:
     """Cosine of embeddings: −1 … 1, 0 if one of them is zero.
 
