@@ -12,6 +12,7 @@ from typing import Any
 import click
 import pandas as pd
 from influence_cli.evaluate import evaluate
+from influence_cli.extract import extract
 from influence_cli.printing import clean, options_of, progress, say
 from rich.console import Console
 from rich.markup import escape
@@ -114,7 +115,15 @@ def cli() -> None:
 )
 @click.option("--plan", is_flag=True, help="Say what it would cost, from two measured batches, and write nothing.")
 @_compute
-def build(dataset: Path, store: Path | None, plan: bool, workers: int, **options: Any) -> None:
+def build(
+    dataset: Path,
+    store: Path | None,
+    plan: bool,
+    workers: int,
+    controls: Path | None,
+    base: Path | None,
+    **options: Any,
+) -> None:
     """Take the gradients of every image of DATASET and keep them in a store.
 
     Run again, it goes on where it stopped, and takes only images that were added.
@@ -132,10 +141,14 @@ def build(dataset: Path, store: Path | None, plan: bool, workers: int, **options
     if store is None:
         raise click.UsageError("Missing option '--store': the folder to write to.")
     with progress() as show:
-        made = influence.build(dataset, store=store, workers=workers, progress=show, message=say, **options)
+        made = influence.build(
+            dataset, store=store, workers=workers, controls=controls, base=base, progress=show, message=say, **options
+        )
     rows, psi_rows = made.num_rows()
     left_out = f", {len(made.excluded)} excluded" if made.excluded else ""
-    click.echo(f"{store}: {rows} images, {psi_rows} curvature rows, {len(made.refused())} refused{left_out}")
+    inside = made.controls()
+    compared = "" if inside is None else f", {inside.num_rows()[0]} controls"
+    click.echo(f"{store}: {rows} images, {psi_rows} curvature rows, {len(made.refused())} refused{left_out}{compared}")
 
 
 def _quantity(name: str, value: Any) -> str:
@@ -359,3 +372,4 @@ def demo(out: Path) -> None:
 
 
 cli.add_command(evaluate)
+cli.add_command(extract)

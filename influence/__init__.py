@@ -19,9 +19,11 @@ from influence.evaluation import (
     score_matrix,
     truth_of,
 )
+from influence.extraction import extract
 from influence.finetuning import FineTune
 from influence.gradients import ENGINES
 from influence.inspection import inspect
+from influence.nearcopies import duplicate_clusters, near_copies
 from influence.pipeline import DEFAULT_BATCH, build
 from influence.planning import plan
 from influence.projection import PROJECTIONS
@@ -38,11 +40,14 @@ __all__ = [  # noqa: RUF022 - grouped by what they are
     "build",
     "demo",
     "doctor",
+    "duplicate_clusters",
     "evaluate_deletion",
     "evaluate_lds",
     "evaluate_shapley",
     "exclude",
+    "extract",
     "inspect",
+    "near_copies",
     "open_store",
     "plan",
     "repair",

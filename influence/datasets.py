@@ -172,6 +172,14 @@ def to_array(
     return np.ascontiguousarray(values.transpose(2, 0, 1))
 
 
+def to_png(values: Float32[np.ndarray, "channels height width"]) -> bytes:
+    """A PNG file of values in [−1, 1], which are clipped and rounded to 8 bits: grey for 1 channel, RGB for 3."""
+    levels = np.round((np.clip(values, -1, 1) + 1) * 127.5).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(levels[0] if len(levels) == 1 else levels.transpose(1, 2, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
 def load(item: Item, *, height: int, width: int, channels: int) -> Float32[np.ndarray, "{channels} {height} {width}"]:
     """Decode a picture again, for the model; see `to_array`.
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from influence import attribution, datasets, figure, models, pipeline, training, typefaces
 from influence.errors import OptionError
@@ -119,8 +118,7 @@ def _generate(model: Path, out: Path) -> list[Path]:
     out.mkdir()
     paths = []
     for i, image in enumerate(images):
-        grey = ((image.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
         path = out / f"generated-{i}.png"
-        Image.fromarray(grey[0] if len(grey) == 1 else grey.transpose(1, 2, 0)).save(path)
+        path.write_bytes(datasets.to_png(image.numpy()))
         paths.append(path)
     return paths

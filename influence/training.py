@@ -199,13 +199,14 @@ def generate(
     seed: int,
     steps: int = 50,
     cond: Tensor | None = None,
+    names: Sequence[keys.Key] | None = None,
     clip: float | None = 1.0,
     batch_size: int = 64,
     device: str | torch.device = "cpu",
 ) -> Float[Tensor, "count *shape"]:
     """Sample images by deterministic DDIM (Song et al., 2021; η = 0), on evenly spaced timesteps from T − 1 to 0.
 
-    Image i starts from noise that depends on the seed and i alone.
+    Each image starts from noise that depends on the seed and its name alone.
 
     Args:
         network: Called as `network(x_t, t, cond)`.
@@ -215,6 +216,7 @@ def generate(
         seed: Key of the initial noise.
         steps: Number of calls of the network for each image, at most T.
         cond: What the network reads besides, one entry for each image.
+        names: A key for each image, for its noise; its number by default.
         clip: Bound of |x₀|, to which the estimate of x₀ is clipped in each step; None for latents.
         batch_size: Images that go through the network at once.
         device: Where the network is.
@@ -234,12 +236,14 @@ def generate(
         raise OptionError(f"clip is {clip}; expected a positive number; pass None not to clip")
     if cond is not None and len(cond) != count:
         raise OptionError(f"cond has {len(cond)} entries for {count} images; expected one for each; repeat or cut it")
+    if names is not None and len(names) != count:
+        raise OptionError(f"there are {len(names)} names for {count} images; expected one for each")
     last = schedule.num_timesteps - 1
     timesteps = np.round(np.linspace(last, 0, steps)).astype(np.int64)
     images = []
     for first in range(0, count, batch_size):
         rows = range(first, min(first + batch_size, count))
-        noise = np.stack([keys.normal(("generate", seed, i), shape) for i in rows])
+        noise = np.stack([keys.normal(("generate", seed, *((i,) if names is None else names[i])), shape) for i in rows])
         x = torch.from_numpy(noise).to(device)
         c = None if cond is None else cond[rows.start : rows.stop].to(device)
         for k, now in enumerate(timesteps):

@@ -19,7 +19,7 @@ def test_ci_calls_exactly_the_test_command_of_the_readme():
 def test_every_method_and_command_is_documented():
     for method in influence.METHODS:
         assert f"`{method}`" in text("README.md") or f"`{method}`" in text("CHANGELOG.md")
-    for command in ("build", "attribute", "inspect", "verify", "exclude", "demo"):
+    for command in ("build", "attribute", "inspect", "verify", "exclude", "demo", "extract"):
         assert f"influence {command}" in text("README.md")
 
 

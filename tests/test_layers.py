@@ -11,29 +11,18 @@ LAYERS = [
     ["keys"],
     ["spec", "diffusion", "projection", "curvature", "significance"],
     ["royalties", "verdicts"],
-    ["gradients", "scoring", "metrics"],
+    ["gradients", "scoring", "metrics", "similarity"],
     ["features", "commit", "memory"],
     ["datasets", "models", "shards", "exclusions", "training"],
     ["items", "finetuning"],
     ["store", "executors", "typefaces"],
-    ["verification", "figure", "pipeline", "retraining"],
-    ["inspection", "queries", "planning", "repair"],
+    ["verification", "figure", "contactsheet", "pipeline", "retraining"],
+    ["inspection", "queries", "planning", "nearcopies", "repair"],
     ["attribution"],
-    ["demo", "doctor", "evaluation"],
+    ["demo", "doctor", "evaluation", "extraction"],
 ]
-MIDDLE = {
-    "spec",
-    "diffusion",
-    "projection",
-    "curvature",
-    "gradients",
-    "scoring",
-    "metrics",
-    "features",
-    "significance",
-    "royalties",
-    "verdicts",
-}
+_FIRST = ["spec", "diffusion", "projection", "curvature", "significance", "royalties", "verdicts"]
+MIDDLE = {*_FIRST, "gradients", "scoring", "metrics", "similarity", "features"}
 ORDER = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 

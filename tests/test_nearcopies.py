@@ -1,0 +1,202 @@
+"""Near copies and extraction with a store: a planted near copy is found, a look-alike is only similar."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from click.testing import CliRunner
+from influence_cli.main import cli
+from PIL import Image
+from test_similarity import scene
+from tiny_models import tiny_ddpm, tiny_lora, tiny_stable_diffusion
+
+import influence
+from influence import datasets, models, nearcopies, training
+
+SIDE, WORKS, COPIES = 8, 40, 20
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model trained on scenes, one of them twenty times, and its store."""
+    path = tmp_path_factory.mktemp("memorised")
+    (path / "data").mkdir()
+    lines = ["file_name,creator"]
+    for number in range(WORKS):
+        lines.append(f"{number:03d}.png,creator {number % 3}")
+        scene(number).save(path / "data" / f"{number:03d}.png")
+    for copy in range(1, COPIES):
+        lines.append(f"copy-{copy:02d}.png,creator 0")
+        scene(0).save(path / "data" / f"copy-{copy:02d}.png")
+    (path / "data" / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    base = tiny_ddpm(path / "base", size=SIDE)
+    denoiser = models.load_denoiser(base)
+    denoiser.network.requires_grad_(True)
+    training.initialise(denoiser.parameters, 0)
+    items = datasets.read_dataset(path / "data").items
+    x0 = np.stack([datasets.load(item, height=SIDE, width=SIDE, channels=3) for item in items])
+    training.train(
+        denoiser.network, denoiser.schedule, torch.from_numpy(x0), steps=400, batch_size=32, learning_rate=5e-3,
+        seed=0, learning_rate_schedule="cosine", stratified=True,
+    )  # fmt: skip
+    models.save_denoiser(denoiser, path / "model", base=base)
+    influence.build(path / "data", model=path / "model", store=path / "s", dim=64, draws=2)
+    return path
+
+
+@pytest.fixture(scope="module")
+def extracted(world):
+    return influence.extract(world / "s", world / "out", count=16, steps=25)
+
+
+def look_alike():
+    """Scene 0 as another hand would draw it: the same shapes and colours, not in the same places."""
+    values = np.asarray(scene(0).rotate(12, fillcolor=scene(0).getpixel((0, 0))).resize((80, 110)))
+    return Image.fromarray(values)
+
+
+def test_extract_reports_the_picture_that_was_trained_on_twenty_times(world, extracted):
+    copies = extracted[extracted["near_copy"]]
+    planted = copies[copies["file_name"] == "000.png"]
+    assert planted["query"].nunique() >= 8 and (planted["hits"] == planted["query"].nunique()).all()
+    assert planted["similarity"].min() > 0.9 and planted["ratio"].max() < 0.5
+    assert extracted["near_copy"].is_monotonic_decreasing
+    kept = pd.read_csv(world / "out" / "pairs.csv")
+    pd.testing.assert_frame_equal(kept.drop(columns="caption"), extracted.drop(columns="caption"), check_dtype=False)
+    assert datasets.decode(world / "out" / "pairs.png")[0].width > 800
+
+
+def test_a_generated_near_copy_is_called_and_a_look_alike_that_was_never_trained_on_is_not(world, extracted, tmp_path):
+    look_alike().save(tmp_path / "alike.png")
+    first = world / "out" / extracted["query"].iloc[0]
+    table = influence.near_copies([first, tmp_path / "alike.png", world / "data" / "003.png"], world / "s")
+    assert list(table.columns) == nearcopies.COLUMNS
+    assert table["near_copy"].tolist() == [True, False, True]
+    assert table["file_name"].tolist()[::2] == ["000.png", "003.png"]
+    assert table["similarity"][2] == pytest.approx(1, abs=1e-5) and table["ratio"][2] < 0.01
+    assert 0.4 < table["similarity"][1] < table["similarity"][0]
+
+
+def test_a_picture_is_judged_alone(world, extracted):
+    paths = [world / "out" / query for query in extracted["query"][:5]]
+    together = influence.near_copies(paths, world / "s")
+    alone = pd.concat([influence.near_copies(path, world / "s") for path in paths], ignore_index=True)
+    pd.testing.assert_frame_equal(together, alone, rtol=1e-5)
+
+
+def test_a_run_goes_on_where_it_stopped_and_another_run_is_refused(world, extracted, tmp_path):
+    shutil.copytree(world / "out", tmp_path / "out")
+    there = {path.name: path.read_bytes() for path in (tmp_path / "out" / "generated").iterdir()}
+    for name in sorted(there)[3:]:
+        (tmp_path / "out" / "generated" / name).unlink()
+    influence.extract(world / "s", tmp_path / "out", count=16, steps=25, batch_size=5)
+    for name, data in there.items():
+        again = datasets.decode(tmp_path / "out" / "generated" / name)[0]
+        before = datasets.decode(world / "out" / "generated" / name)[0]
+        assert np.abs(np.asarray(again, int) - np.asarray(before, int)).max() <= 1, data
+    with pytest.raises(influence.OptionError, match="holds another run"):
+        influence.extract(world / "s", tmp_path / "out", count=16, steps=25, seed=1)
+    with pytest.raises(influence.OptionError, match="is no run of extract"):
+        influence.extract(world / "s", world / "data")
+    with pytest.raises(influence.OptionError, match="leave out --guidance"):
+        influence.extract(world / "s", tmp_path / "new", guidance=2.0)
+    assert not (tmp_path / "new").exists()
+
+
+def test_excluded_pictures_are_not_compared_with(world, tmp_path):
+    store = shutil.copytree(world / "s", tmp_path / "s")
+    influence.exclude(store, creator="creator 0")
+    table = influence.near_copies(world / "data" / "003.png", store)
+    assert table["creator"][0] != "creator 0" and not table["near_copy"][0]
+
+
+def test_a_data_set_that_moved_or_changed_is_an_error_on_one_line(world, tmp_path):
+    data = shutil.copytree(world / "data", tmp_path / "data")
+    query = world / "data" / "003.png"
+    assert influence.near_copies(query, world / "s", dataset=data)["similarity"][0] == pytest.approx(1, abs=1e-5)
+    scene(77).save(data / "005.png")
+    with pytest.raises(influence.StoreError, match=r"lacks 1 of the 40 pictures of store s, '005\.png' first"):
+        influence.near_copies(query, world / "s", dataset=data)
+    with pytest.raises(influence.StoreError, match="is not there; say where with --dataset DIR"):
+        influence.near_copies(query, world / "s", dataset=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L", "P", "CMYK"])
+def test_queries_of_any_mode_and_size_are_compared(world, tmp_path, mode):
+    picture = scene(3).convert(mode)
+    picture.save(tmp_path / ("q.tif" if mode == "CMYK" else "q.png"))
+    Image.new(mode, (1, 1)).save(tmp_path / "one.tif")
+    scene(3).resize((1500, 1500)).convert(mode).save(tmp_path / "huge.tif")
+    table = influence.near_copies(sorted(tmp_path.iterdir()), world / "s")
+    assert np.isfinite(table["similarity"]).all()
+    assert dict(zip(table["query"].str.rsplit("/").str[-1], table["near_copy"], strict=True))["one.tif"] == False  # noqa: E712
+    if mode == "RGBA":
+        assert table["file_name"][0] == "003.png" and table["near_copy"][0]
+
+
+def test_own_embeddings_come_from_a_parquet_file(world, tmp_path):
+    query = str(world / "data" / "003.png")
+    names = [item.file_name for item in datasets.read_dataset(world / "data").items]
+    rows = {name: np.eye(len(names))[i] + 0.1 for i, name in enumerate(names)}
+    table = pd.DataFrame({"file_name": [*rows, query], "embedding": [*rows.values(), rows["007.png"] * 3]})
+    table.to_parquet(tmp_path / "e.parquet")
+    found = influence.near_copies(query, world / "s", embedding=tmp_path / "e.parquet")
+    assert found["metric"].tolist() == ["pixel", "embedding"]
+    assert found["file_name"].tolist() == ["003.png", "007.png"] and found["near_copy"].all()
+    table[1:].to_parquet(tmp_path / "short.parquet")
+    with pytest.raises(influence.DatasetError, match=r"has no embedding of '000\.png', 1 pictures in all"):
+        influence.near_copies(query, world / "s", embedding=tmp_path / "short.parquet")
+    (tmp_path / "bad.parquet").write_bytes(b"no table")
+    with pytest.raises(influence.DatasetError, match="expected a Parquet file with columns file_name and embedding"):
+        influence.near_copies(query, world / "s", embedding=tmp_path / "bad.parquet")
+    with pytest.raises(influence.OptionError, match="metric 'clip' is given; expected pixel or latent"):
+        influence.near_copies(query, world / "s", metrics=["clip"])
+
+
+def test_clusters_have_one_name_for_copies_whatever_their_captions(tmp_path):
+    tiny_ddpm(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    for name, number in (("a", 0), ("b", 1), ("c", 0), ("d", 2)):
+        scene(number).save(tmp_path / "data" / f"{name}.png")
+        (tmp_path / "data" / f"{name}.txt").write_text(f"caption {name}", encoding="utf-8")
+    influence.build(tmp_path / "data", model=tmp_path / "model", store=tmp_path / "s", dim=16, draws=2)
+    clusters = influence.duplicate_clusters(tmp_path / "s")
+    by_name = {item.file_name[0]: item.item_id for item in datasets.read_dataset(tmp_path / "data").items}
+    assert set(clusters) == set(by_name.values())
+    assert clusters[by_name["a"]] == clusters[by_name["c"]] == min(by_name["a"], by_name["c"])
+    assert [clusters[by_name[name]] for name in "bd"] == [by_name[name] for name in "bd"]
+
+
+def test_a_lora_generates_with_each_caption_and_is_compared_in_pixels_and_latents(tmp_path):
+    tiny_stable_diffusion(tmp_path / "sd")
+    tiny_lora(tmp_path / "sd", tmp_path / "lora")
+    (tmp_path / "data").mkdir()
+    for number in range(6):
+        scene(number).save(tmp_path / "data" / f"{number}.png")
+        (tmp_path / "data" / f"{number}.txt").write_text(f"scene {number % 3}", encoding="utf-8")
+    lora = tmp_path / "lora"
+    influence.build(tmp_path / "data", model=tmp_path / "sd", lora=lora, store=tmp_path / "s", dim=16, draws=2)
+    table = influence.extract(tmp_path / "s", tmp_path / "out", count=2, steps=3)
+    assert len(table) == 2 * 3 * 2 and set(table["metric"]) == {"pixel", "latent"}
+    assert table.groupby("caption")["query"].nunique().to_dict() == {f"scene {i}": 2 for i in range(3)}
+    other = influence.extract(tmp_path / "s", tmp_path / "plain", count=1, steps=3, guidance=1)
+    query = other["query"].iloc[0]
+    pictures = [np.asarray(datasets.decode(tmp_path / folder / query)[0], int) for folder in ("out", "plain")]
+    assert other["caption"].nunique() == 3 and np.abs(pictures[0] - pictures[1]).max() > 0
+    itself = influence.near_copies(tmp_path / "data" / "4.png", tmp_path / "s", metrics=("latent",))
+    assert itself["file_name"].tolist() == ["4.png"] and itself["similarity"][0] == pytest.approx(1, abs=1e-5)
+
+
+def test_the_command_says_how_many_come_back_and_where_the_pairs_are(world, extracted):
+    parts = ["extract", "--store", world / "s", "-o", world / "out", "--count", 16, "--steps", 25]
+    result = CliRunner().invoke(cli, [str(part) for part in parts])
+    assert result.exit_code == 0, result.output
+    copies = extracted[extracted["near_copy"]]
+    assert result.stdout.startswith(f"16 generated pictures: {copies['query'].nunique()} are near copies of ")
+    for word in ("near copy", "hits", "000.png", "creator 0", "pairs.png"):
+        assert word in result.stdout
+    result = CliRunner().invoke(cli, [str(part) for part in [*parts, "--json"]])
+    assert len(json.loads(result.stdout)) == 16
