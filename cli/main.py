@@ -11,9 +11,10 @@ from typing import Any
 
 import click
 import pandas as pd
+from influence_cli.answers import check, export, replay
 from influence_cli.evaluate import evaluate
 from influence_cli.extract import extract
-from influence_cli.printing import clean, options_of, progress, say
+from influence_cli.printing import clean, compute, progress, say
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -66,16 +67,6 @@ def _stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-_compute = options_of(
-    click.option("--engine", type=click.Choice(["auto", *influence.ENGINES]), default="auto", show_default=True,
-                 help="How gradients are taken; auto: hooks where they cover every parameter."),
-    click.option("--batch-size", type=int, default=influence.DEFAULT_BATCH, show_default=True,
-                 help="Rows (image, draw) in one forward; changes speed and memory, never values."),
-    click.option("--memory", metavar="SIZE", help="Choose --batch-size so that a process stays within 8GiB, say."),
-    click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …"),
-)  # fmt: skip
-
-
 @click.group(cls=Group)
 @click.version_option(package_name="influence")
 def cli() -> None:
@@ -114,7 +105,7 @@ def cli() -> None:
     help="The pipeline that all weights were fine-tuned from; a LoRA's is known.",
 )
 @click.option("--plan", is_flag=True, help="Say what it would cost, from two measured batches, and write nothing.")
-@_compute
+@compute
 def build(
     dataset: Path,
     store: Path | None,
@@ -191,7 +182,7 @@ class _Count(click.ParamType):
 @click.option("--intervals/--no-intervals", default=True, show_default=True, help="Standard errors of the scores.")
 @click.option("--output", type=click.Path(path_type=Path), help="FILE.csv, .parquet or .json")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-@_compute
+@compute
 def attribute(
     images: tuple[Path, ...], store: Path, k: int, output: Path | None, as_json: bool, **options: Any
 ) -> None:
@@ -307,7 +298,7 @@ def _print_facts(facts: dict[str, Any], indent: int = 0) -> None:
 @click.option("--dataset", type=click.Path(path_type=Path), help="Where the data set is now, if it was moved.")
 @click.option("--model", type=click.Path(path_type=Path), help="Where the model is now, if it was moved.")
 @click.option("--lora", type=click.Path(path_type=Path), help="Where the LoRA is now, if it was moved.")
-@_compute
+@compute
 def verify(store: Path, repair: bool, **options: Any) -> None:
     """Check every byte of STORE, and say which shards and which images are affected by what is wrong.
 
@@ -371,5 +362,6 @@ def demo(out: Path) -> None:
     _print_facts(made)
 
 
-cli.add_command(evaluate)
+for command in (check, evaluate, export, replay):
+    cli.add_command(command)
 cli.add_command(extract)

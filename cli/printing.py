@@ -9,6 +9,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+import influence
+
 _STDERR = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -46,3 +48,13 @@ def options_of(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return function
 
     return apply
+
+
+compute = options_of(
+    click.option("--engine", type=click.Choice(["auto", *influence.ENGINES]), default="auto", show_default=True,
+                 help="How gradients are taken; auto: hooks where they cover every parameter."),
+    click.option("--batch-size", type=int, default=influence.DEFAULT_BATCH, show_default=True,
+                 help="Rows (image, draw) in one forward; changes speed and memory, never values."),
+    click.option("--memory", metavar="SIZE", help="Choose --batch-size so that a process stays within 8GiB, say."),
+    click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …"),
+)  # fmt: skip

@@ -1,5 +1,6 @@
 """Whose work made this picture? Training data attribution for fine-tuned diffusion models."""
 
+from influence.answers import Answers, answer
 from influence.attribution import attribute
 from influence.demo import demo
 from influence.doctor import doctor
@@ -19,6 +20,7 @@ from influence.evaluation import (
     score_matrix,
     truth_of,
 )
+from influence.export import Replayed, export, replay
 from influence.extraction import extract
 from influence.finetuning import FineTune
 from influence.gradients import ENGINES
@@ -29,13 +31,17 @@ from influence.planning import plan
 from influence.projection import PROJECTIONS
 from influence.repair import repair
 from influence.retraining import Query, Run, Truth
+from influence.royalties import ESTIMATORS
 from influence.scoring import METHODS
 from influence.spec import FeatureSpec
 from influence.store import Store, exclude, open_store
+from influence.tables import FORMATS
+from influence.verdicts import VERDICTS
 from influence.verification import Problem, verify
 
 __all__ = [  # noqa: RUF022 - grouped by what they are
     # the verbs
+    "answer",
     "attribute",
     "build",
     "demo",
@@ -45,28 +51,35 @@ __all__ = [  # noqa: RUF022 - grouped by what they are
     "evaluate_lds",
     "evaluate_shapley",
     "exclude",
+    "export",
     "extract",
     "inspect",
     "near_copies",
     "open_store",
     "plan",
     "repair",
+    "replay",
     "score_matrix",
     "truth_of",
     "verify",
     # records
+    "Answers",
     "FeatureSpec",
     "FineTune",
     "Problem",
     "Query",
+    "Replayed",
     "Run",
     "Store",
     "Truth",
     # what can be chosen
     "DEFAULT_BATCH",
     "ENGINES",
+    "ESTIMATORS",
+    "FORMATS",
     "METHODS",
     "PROJECTIONS",
+    "VERDICTS",
     # errors
     "DatasetError",
     "GradientError",

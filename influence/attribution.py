@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from influence import store as stores
 from influence.curvature import Curvature
 from influence.errors import OptionError, StoreError
 from influence.pipeline import DEFAULT_BATCH, Loaded, Message, Progress, load_for, read, run_shards, silent
-from influence.queries import Queries, load_base, read_queries
+from influence.queries import ControlLosses, Queries, control_losses, load_base, read_queries
 from influence.scoring import METHODS, Groups
 from influence.store import Store
 
@@ -98,6 +98,7 @@ class Scored:
     """As `attribute` returns it."""
     creators: "Creators"
     controls: "Controls | None"
+    control_losses: ControlLosses | None
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,12 @@ def score(
     device: str,
     progress: Progress,
     message: Message,
+    clusters: Mapping[str, str] | None = None,
 ) -> Scored:
     """Score pictures; arguments as for `attribute`.
+
+    `clusters` names the near-duplicate cluster of each image: those of one cluster share what they have together among
+    their creators, by files.
 
     Raises:
         InfluenceError: As for `attribute`.
@@ -181,6 +186,8 @@ def score(
     before = load_base(made, base, str(next(iter(loaded.denoiser.parameters.values())).device))
     asked = read_queries(loaded, chosen.family, paths, prompts, progress, message, before)
     groups = _groups(made, chosen.family)
+    if clusters is not None:
+        groups = scoring.shared(groups, clusters)
     num_train = float(groups.files.sum())
     factored = solver(made, chosen, damping) if chosen.curvature else None
     h = leverages(made, chosen, damping, factored, groups)
@@ -206,7 +213,8 @@ def score(
         "creators": _creator_rows(asked.paths, creators, compared),
         "queries": _query_rows(asked),
     }
-    return Scored(made, loaded, asked, table, creators, compared)
+    losses = None if controls is None else control_losses(controls, loaded, before, progress, message)
+    return Scored(made, loaded, asked, table, creators, compared, losses)
 
 
 def _prompts(made: Store, prompt: str | Sequence[str] | None, count: int) -> list[str | None]:

@@ -4,6 +4,8 @@ Each function scores the truth's queries with a store of the same fine-tune, ret
 folder, and says how well the scores foretold what was measured.
 """
 
+import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,8 +124,7 @@ def coalition_runs(truth: Truth, seeds: int) -> dict[frozenset[str], list[Run]]:
     """All coalitions of owners, each with every training seed."""
     masks = retraining.coalitions([item.creator for item in truth.items])
     return {
-        owners: [Run("owners: " + " + ".join(sorted(owners)), mask, seed) for seed in range(seeds)]
-        for owners, mask in masks.items()
+        owners: [Run(_coalition_name(owners), mask, seed) for seed in range(seeds)] for owners, mask in masks.items()
     }
 
 
@@ -200,6 +201,35 @@ def owner_truth(
     predicted = np.stack([scores[:, creators == owner].sum(1) for owner in owners])
     gain = values[frozenset(owners)] - values[frozenset()]
     return OwnerTruth(owners, np.stack(list(exact.values())), predicted, gain)
+
+
+def kept_shapley(folder: str | os.PathLike[str]) -> tuple[list[str], dict[str, Float[np.ndarray, " query"]]]:
+    """Ids of a truth's queries and the owners' exact Shapley values, of coalitions that were retrained before.
+
+    Raises:
+        OptionError: There is no truth, or a coalition was not retrained.
+    """
+    path = Path(folder) / "truth.json"
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        owners = [item["creator"] for item in facts["items"]]
+        ids = [query["item_id"] for query in facts["queries"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise OptionError(f"there is no truth in {folder}; make one with influence evaluate shapley") from None
+    journal = retraining.read_runs(Path(folder), len(owners))
+    values = {}
+    for coalition in retraining.coalitions(owners):
+        found = journal[journal["name"] == _coalition_name(coalition)]
+        if not len(found):
+            raise OptionError(
+                f"the truth in {folder} lacks {_coalition_name(coalition)!r}; influence evaluate shapley completes it"
+            )
+        values[coalition] = -np.stack(found["loss"].tolist()).mean(0)
+    return ids, metrics.shapley(values)
+
+
+def _coalition_name(owners: frozenset[str]) -> str:
+    return "owners: " + " + ".join(sorted(owners))
 
 
 def evaluate_shapley(

@@ -84,15 +84,15 @@ def near_copies(
         raise OptionError(f"{found} is given; expected {' or '.join(METRICS)}, or a file of embeddings")
     names = [images] if isinstance(images, (str, os.PathLike)) else list(images)
     items = training_items(made, dataset, progress)
-    shape = _shape(made)
-    works = _pixels(items, shape)
+    shape = compared_shape(made)
+    works = pixels(items, shape)
     sample = similarity.sample([item.item_id for item in items])
     same = similarity.duplicates(works[sample], works)
     same[np.arange(len(sample)), sample] = True
     table = []
     for metric in [*metrics, *["embedding"] * (embedding is not None)]:
         if metric == "pixel":
-            compare, trained, asked = similarity.similarity, works, _pixels(names, shape)
+            compare, trained, asked = similarity.similarity, works, pixels(names, shape)
         elif metric == "latent":
             if denoiser is None:
                 denoiser = load_for(
@@ -139,7 +139,7 @@ def duplicate_clusters(
     made = store if isinstance(store, Store) else stores.open_store(store)
     made.refresh()
     items = sorted(training_items(made, dataset, progress), key=lambda item: item.item_id)
-    clusters = similarity.clusters(_pixels(items, _shape(made)))
+    clusters = similarity.clusters(pixels(items, compared_shape(made)))
     first: dict[int, str] = {}
     return {item.item_id: first.setdefault(int(c), item.item_id) for item, c in zip(items, clusters, strict=True)}
 
@@ -165,7 +165,7 @@ def training_items(made: Store, dataset: Name | None, progress: Progress = silen
     return sorted((there[item_id] for item_id in wanted), key=lambda item: item.file_name)
 
 
-def _shape(made: Store) -> tuple[int, int, int]:
+def compared_shape(made: Store) -> tuple[int, int, int]:
     """Channels, height and width of the pictures that are compared: the model's own, up to 32 pixels."""
     channels, height, width = made.spec.sample_shape
     if made.spec.conditional:  # of a latent; the pictures are larger
@@ -173,7 +173,7 @@ def _shape(made: Store) -> tuple[int, int, int]:
     return channels, min(height, SIDE), min(width, SIDE)
 
 
-def _pixels(pictures: Sequence[Item | Name], shape: tuple[int, int, int]) -> Tensor:
+def pixels(pictures: Sequence[Item | Name], shape: tuple[int, int, int]) -> Tensor:
     """Training pictures or files, `[pictures, *shape]`."""
     channels, height, width = shape
     arrays = [
@@ -192,8 +192,8 @@ def _latents(denoiser: Denoiser, pictures: Sequence[Item | Name], progress: Prog
     parts = []
     for first in range(0, len(pictures), _BATCH):
         progress("latents", first, len(pictures))
-        pixels = _pixels(pictures[first : first + _BATCH], denoiser.image_size)
-        latents = denoiser.encode_images(pixels.to(device)).float()
+        part = pixels(pictures[first : first + _BATCH], denoiser.image_size)
+        latents = denoiser.encode_images(part.to(device)).float()
         parts.append(torch.nn.functional.adaptive_avg_pool2d(latents, (height, width)).cpu())
     progress("latents", len(pictures), len(pictures))
     return torch.cat(parts)

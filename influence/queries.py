@@ -1,5 +1,6 @@
 """Pictures that are asked about: their features, and how much better the fine-tune predicts them than its base did."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +10,10 @@ import numpy as np
 from jaxtyping import Float32
 
 from influence import datasets, features, models
-from influence.errors import GradientError, OptionError
+from influence.errors import DatasetError, GradientError, OptionError
 from influence.features import Recipe
 from influence.models import Denoiser
-from influence.pipeline import Loaded, Message, Progress, encoded, take_arrays, with_changes
+from influence.pipeline import Loaded, Message, Progress, decode, encoded, take_arrays, with_changes
 from influence.store import Store
 
 
@@ -121,3 +122,50 @@ def read_queries(
 
 def _losses(model: Denoiser, recipe: Recipe, item_id: str, pixels: np.ndarray, prompt: str | None) -> np.ndarray:
     return features.losses(model.network, recipe, [item_id], *encoded(model, [pixels], [prompt]))
+
+
+@dataclass(frozen=True)
+class ControlLosses:
+    """Training losses of control images, in the order of `item_ids`."""
+
+    item_ids: list[str]
+    finetuned: np.ndarray
+    base: np.ndarray | None
+
+
+def control_losses(
+    controls: Store, loaded: Loaded, base: Denoiser | None, progress: Progress, message: Message
+) -> ControlLosses:
+    """Losses of the controls under both models, on the draws that their features have; those of the base once.
+
+    Raises:
+        DatasetError: The controls' pictures are needed and not there any more.
+    """
+    parts = [(content.item_ids, content.loss) for content in controls.blocks("loss")]
+    ids = [item_id for part, _ in parts for item_id in part]
+    finetuned = np.concatenate([loss for _, loss in parts]) if parts else np.empty(0, np.float32)
+    if base is None:
+        return ControlLosses(ids, finetuned, None)
+    key = repr((controls.family_hash("loss"), sorted(base.identity.items())))
+    name = f"base-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    kept = controls.read_derived(name)
+    if kept is not None:
+        return ControlLosses(ids, finetuned, kept["loss"])
+    message(f"taking the losses of {len(ids)} controls under the base once, kept in the store")
+    data = datasets.read_dataset(Path(controls.source["dataset"]), creator_column=controls.source["creator_column"])
+    there = {item.item_id: item for item in data.items}
+    absent = [item_id for item_id in ids if item_id not in there]
+    if absent:
+        raise DatasetError(
+            f"{controls.source['dataset']} lacks {len(absent)} of the {len(ids)} controls, {absent[0]} first; "
+            "put them back: their losses under the base are needed once"
+        )
+    recipe = with_changes(loaded.recipe, num_draws=controls.build["draws"], curvature_rate=0.0)
+    found = np.empty(len(ids), np.float32)
+    for i, item_id in enumerate(ids):
+        progress("controls under the base", i, len(ids))
+        item = there[item_id]
+        found[i] = _losses(base, recipe, item_id, decode(base, [item])[0], item.caption).mean()
+    progress("controls under the base", len(ids), len(ids))
+    controls.write_derived(name, {"loss": found})
+    return ControlLosses(ids, finetuned, found)

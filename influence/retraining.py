@@ -67,15 +67,20 @@ class Truth:
 
     def runs(self) -> pd.DataFrame:
         """What was retrained so far: name, seed, members (array), loss (array, one for each query)."""
-        rows: dict[tuple[str, int], dict[str, Any]] = {}
-        file = self.folder / "runs.jsonl"
-        for line in file.read_bytes().splitlines(keepends=True) if file.exists() else []:
-            if line.endswith(b"\n"):  # a torn last line is done again
-                row = json.loads(line)
-                bits = np.unpackbits(np.frombuffer(bytes.fromhex(row["members"]), np.uint8), count=len(self.items))
-                row |= {"members": bits.astype(bool), "loss": np.array(row["loss"])}
-                rows[row["name"], row["seed"]] = row
-        return pd.DataFrame(list(rows.values()), columns=["name", "seed", "members", "loss", "weights"])
+        return read_runs(self.folder, len(self.items))
+
+
+def read_runs(folder: Path, images: int) -> pd.DataFrame:
+    """The journal of a truth: name, seed, members (array), loss (array, one for each query) of each retrained model."""
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    file = folder / "runs.jsonl"
+    for line in file.read_bytes().splitlines(keepends=True) if file.exists() else []:
+        if line.endswith(b"\n"):  # a torn last line is done again
+            row = json.loads(line)
+            bits = np.unpackbits(np.frombuffer(bytes.fromhex(row["members"]), np.uint8), count=images)
+            row |= {"members": bits.astype(bool), "loss": np.array(row["loss"])}
+            rows[row["name"], row["seed"]] = row
+    return pd.DataFrame(list(rows.values()), columns=["name", "seed", "members", "loss", "weights"])
 
 
 def create(

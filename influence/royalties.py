@@ -140,6 +140,18 @@ def shares(estimator: str, evidence: Evidence, *, from_model: bool = True) -> Fl
     return np.concatenate(rows, -1) / _UNITS
 
 
+def whole(
+    parts: Float[np.ndarray, "queries *repeats rows"], usage: Float[np.ndarray, " queries"]
+) -> Float[np.ndarray, "*repeats rows"]:
+    """The statement over queries: Σ_q r_q s_g(q) / Σ_q r_q with usage r, in multiples of 2⁻⁴⁰ that add up to 1."""
+    mean = np.tensordot(usage / usage.sum(), parts, axes=1)
+    units = np.floor(mean * _UNITS).astype(np.int64)
+    largest = np.argmax(mean, -1)[..., None]
+    rest = (_UNITS - units.sum(-1))[..., None]
+    np.put_along_axis(units, largest, np.take_along_axis(units, largest, -1) + rest, -1)
+    return units / _UNITS
+
+
 def reliability(totals: Float[np.ndarray, " creators"], variance: Float[np.ndarray, " creators"]) -> float:
     """ρ = 1 − mean error variance / variance over creators, within 0 … 1; 0 if the errors are not known."""
     spread = totals.var(ddof=1) if len(totals) > 1 else 0.0
@@ -160,8 +172,8 @@ def resampled(
     """Totals as they could have come out: other draws of the query and of training images, other works of a creator.
 
     Batches of the query's draws are drawn again with replacement, the same for all creators, and their deviations
-    widened by √(b/(b−1)). A sum over many works is close to normal: the draws of the training images, and n works drawn again
-    from a creator's own, are normal deviates of the variances measured, in place of a resampling of all works.
+    widened by √(b/(b−1)). A sum over many works is close to normal: the draws of the training images, and n works drawn
+    again from a creator's own, are normal deviates of the variances measured, in place of a resampling of all works.
     """
     batches = len(by_batch)
     moved = np.zeros((repeats, len(totals)))

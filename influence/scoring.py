@@ -4,7 +4,7 @@ The query is preconditioned once, v = C⁻¹ φ_q, and τ(q, i) = v · φ_i for 
 block by block, and stays as it was written. N is the number of training images, φ their features.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -125,6 +125,21 @@ def groups(ids: pd.Series, names: pd.Series) -> Groups:
     shape = (len(image.categories), len(group.categories))
     files = sparse.coo_array((np.ones(len(image)), (image.codes, group.codes)), shape=shape).tocsr()
     return Groups(image.categories, list(group.categories), files)
+
+
+def shared(groups: Groups, clusters: Mapping[str, str]) -> Groups:
+    """Groups in which the images of a cluster (near duplicates) share their credit, by files; sums stay as they are.
+
+    Args:
+        groups: As `groups` makes them.
+        clusters: Name of the cluster of each image.
+    """
+    codes = pd.Categorical([clusters[item_id] for item_id in groups.ids]).codes
+    count = len(groups.ids)
+    member = sparse.coo_array((np.ones(count), (np.arange(count), codes)), shape=(count, codes.max() + 1)).tocsr()
+    together = member @ (member.T @ groups.files)  # files of the whole cluster, by group
+    own, all_files = groups.files.sum(1), together.sum(1)
+    return Groups(groups.ids, groups.names, (sparse.diags_array(own / all_files) @ together).tocsr())
 
 
 def group_totals(

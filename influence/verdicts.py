@@ -46,10 +46,11 @@ def verdict(
         image_q: q-values of the images.
 
     Returns:
-        `near_copy` before all else. `not_from_model` if the base predicts the picture better than the fine-tune does,
-        or if the fine-tune gained less on it than on 95 % of the controls, or if its loss is above that of every one of
-        at least 99 controls: noise, a photograph, another model's picture. `not_attributable` if no gain is shown, or
-        nothing stands out against the controls. `weak` if single images do and no creator does.
+        `near_copy` before all else. `not_from_model` if the fine-tune gained less on it than on 95 % of the controls
+        and the base predicts it better, or if its loss is above that of every one of at least 99 controls: noise, a
+        photograph, another model's picture. `not_attributable` if no gain is shown (as for many pictures that a weak
+        fine-tune made itself), or nothing stands out against the controls. `weak` if single images do and no creator
+        does.
     """
     found = _explained(loss, gain, gain_p, control_losses, control_gains)
     if near_copy:
@@ -74,11 +75,12 @@ def _explained(
     if strangers >= significance.MIN_CONTROLS and loss > control_losses.max():
         return Verdict("not_from_model", f"its loss is above that of all {strangers} controls", False)
     if gain_p is not None and gain is not None:
-        if 1 - gain_p <= ALPHA:
-            return Verdict("not_from_model", "the base predicts it better than the fine-tune does", False)
         below = int((control_gains <= gain).sum())
-        if len(control_gains) and (1 + below) / (1 + len(control_gains)) <= ALPHA:
+        worse = 1 - gain_p <= ALPHA
+        if worse and len(control_gains) and (1 + below) / (1 + len(control_gains)) <= ALPHA:
             return Verdict("not_from_model", "the fine-tune gained less on it than on 95 % of the controls", False)
+        if worse:
+            return Verdict("not_attributable", "the base predicts it better than the fine-tune does", False)
         if gain_p > ALPHA:
             return Verdict("not_attributable", "the fine-tune predicts it no better than its base does", False)
     return None

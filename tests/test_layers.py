@@ -20,6 +20,9 @@ LAYERS = [
     ["inspection", "queries", "planning", "nearcopies", "repair"],
     ["attribution"],
     ["demo", "doctor", "evaluation", "extraction"],
+    ["tables"],
+    ["answers"],
+    ["export"],
 ]
 _FIRST = ["spec", "diffusion", "projection", "curvature", "significance", "royalties", "verdicts"]
 MIDDLE = {*_FIRST, "gradients", "scoring", "metrics", "similarity", "features"}

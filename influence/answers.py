@@ -1,0 +1,470 @@
+"""Answers on pictures: scores, what they stand against, verdicts, shares: tables that can be audited line by line."""
+
+import hashlib
+import os
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+
+from influence import nearcopies, royalties, significance, similarity, verdicts
+from influence.attribution import Controls, Creators, Scored, score
+from influence.errors import OptionError
+from influence.evaluation import kept_shapley
+from influence.pipeline import DEFAULT_BATCH, Message, Progress, silent
+from influence.royalties import BASE_MODEL, DEFAULT_ESTIMATOR, ESTIMATORS, UNATTRIBUTED, Evidence
+from influence.store import Store
+from influence.verdicts import Verdict
+
+ALL = "ALL"
+"""In place of a query: the statement over all of them."""
+_LIKENESS = 0.95  # quantile of a query's similarities above which a work counts as more alike than usual
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Tables on pictures; their columns are described in `tables.SCHEMA`."""
+
+    queries: pd.DataFrame
+    attributions: pd.DataFrame
+    shares: pd.DataFrame
+    styles: pd.DataFrame
+    controls: pd.DataFrame
+    items: pd.DataFrame
+    contributors: pd.DataFrame
+    facts: dict[str, Any]
+    """Method, damping, draws, estimators' formulas, numbers of controls: what the tables depend on."""
+
+
+def answer(
+    images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    store: str | os.PathLike[str] | Store,
+    *,
+    k: int | None = None,
+    method: str = "gauss-newton",
+    damping: float = 0.1,
+    draws: int = 256,
+    prompt: str | Sequence[str] | None = None,
+    usage: Sequence[float] | None = None,
+    pool: Decimal | None = None,
+    currency: str = "EUR",
+    truth: str | os.PathLike[str] | None = None,
+    embedding: str | os.PathLike[str] | None = None,
+    dataset: str | os.PathLike[str] | None = None,
+    model: str | os.PathLike[str] | None = None,
+    lora: str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str] | None = None,
+    engine: str = "auto",
+    batch_size: int = DEFAULT_BATCH,
+    memory: str | None = None,
+    device: str = "auto",
+    progress: Progress = silent,
+    message: Message = silent,
+) -> Answers:
+    """Answer what can be answered on pictures: verdicts, scores with errors and p-values, shares by every estimator.
+
+    Args:
+        images: One picture file, or several.
+        store: A store, or its folder.
+        k: Rows of scores for each query; `None` for all.
+        method: Name in `METHODS`.
+        damping: λ in units of tr(H)/k.
+        draws: S of a query.
+        prompt: The prompt that the pictures were made with, or one for each; needed if the model reads captions.
+        usage: Weight of each picture in the statement over all; equal by default.
+        pool: Sum of money to divide by the statement, by every estimator.
+        currency: Code of ISO 4217.
+        truth: Folder of a truth of which all coalitions of creators were retrained (`evaluate_shapley`): it has exact
+            Shapley values of the pictures that are its queries.
+        embedding: Parquet file of your own embeddings, as for `near_copies`.
+        dataset: Where the data set is now, if it was moved since the store was built.
+        model: Where the model is now.
+        lora: Where the LoRA is now.
+        base: The pipeline that the fine-tune started from, if it was not named at build; a LoRA's is known.
+        engine: As for `build`.
+        batch_size: As for `build`.
+        memory: As for `build`.
+        device: As for `build`.
+        progress: Called as work gets done.
+        message: Called with lines that a person must see.
+
+    Raises:
+        InfluenceError: An input cannot be used.
+    """
+    paths = [str(images)] if isinstance(images, (str, os.PathLike)) else [str(path) for path in images]
+    weights = np.ones(len(paths)) if usage is None else np.asarray(usage, float)
+    if len(weights) != len(paths) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum() > 0:
+        found = f"usage has {len(weights)} weights for {len(paths)} pictures"
+        raise OptionError(f"{found}; expected a finite one from 0 up for each, not all 0")
+    if len(set(paths)) < len(paths):
+        raise OptionError("a picture is given twice; give it once, with a usage of 2")
+    clusters = nearcopies.duplicate_clusters(store, dataset=dataset, progress=progress)
+    scored = score(
+        paths, store, k=k, method=method, damping=damping, draws=draws, prompt=prompt, intervals=True, model=model,
+        lora=lora, base=base, engine=engine, batch_size=batch_size, memory=memory, device=device, progress=progress,
+        message=message, clusters=clusters,
+    )  # fmt: skip
+    for again, path in zip(pd.Series(scored.queries.item_ids).duplicated(), paths, strict=True):
+        if again:
+            raise OptionError(f"{path} is the same picture as one before it; give it once, with a usage of 2")
+    copies = nearcopies.near_copies(
+        paths, scored.store, embedding=embedding, dataset=dataset, denoiser=scored.loaded.denoiser, message=message
+    )
+    looks = _looks(paths, scored, dataset)
+    made = [_verdict(scored, q, copies[copies["query"] == path]) for q, path in enumerate(paths)]
+    ids = contributor_ids(scored.creators.names)
+    shares = _shares(scored, made, looks, truth, weights, ids, pool, currency)
+    queries = _queries(scored, made, copies, shares)
+    return Answers(
+        queries=queries,
+        attributions=_attributions(scored, looks, clusters, ids),
+        shares=shares,
+        styles=_styles(scored, ids),
+        controls=_controls(scored),
+        items=_items(scored, clusters, ids),
+        contributors=_contributors(scored, ids),
+        facts={
+            name: scored.table.attrs[name] for name in ("method", "formula", "damping", "draws", "controls")
+        } | {"usage": weights.tolist()},
+    )  # fmt: skip
+
+
+def contributor_ids(names: Sequence[str]) -> dict[str, str]:
+    """An ASCII identifier of each creator, of the name alone: readable letters and a hash."""
+    found = {}
+    for name in names:
+        if name.startswith("_"):  # reserved: no creator is known
+            found[name] = name
+            continue
+        plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
+        slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:24]
+        found[name] = f"{slug or 'creator'}-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+    return found
+
+
+# Looks ----------------------------------------------------------------------------------------------------------------
+
+
+def _looks(paths: Sequence[str], scored: Scored, dataset: str | os.PathLike[str] | None) -> pd.DataFrame:
+    """Similarity of every training picture to every query: rows item ids, columns numbers of queries."""
+    items = nearcopies.training_items(scored.store, dataset)
+    shape = nearcopies.compared_shape(scored.store)
+    works, asked = nearcopies.pixels(items, shape), nearcopies.pixels([Path(path) for path in paths], shape)
+    found = similarity.similarity(torch.as_tensor(asked), torch.as_tensor(works))
+    return pd.DataFrame(found.T, index=[item.item_id for item in items])
+
+
+def _similarity_evidence(scored: Scored, looks: pd.Series) -> np.ndarray:
+    """How much more than usual the works of each creator look like the query."""
+    beyond = (looks - looks.quantile(_LIKENESS)).clip(lower=0)
+    items = scored.store.items
+    sums = items.assign(beyond=items["item_id"].map(beyond)).groupby("creator")["beyond"].sum()
+    return sums.reindex(scored.creators.names).fillna(0.0).to_numpy()
+
+
+# Verdicts -------------------------------------------------------------------------------------------------------------
+
+
+def _verdict(scored: Scored, q: int, copies: pd.DataFrame) -> Verdict:
+    row = scored.table.attrs["queries"][q]
+    losses = scored.control_losses
+    others = np.array([], bool)
+    if losses is not None:
+        others = np.array([item_id != scored.queries.item_ids[q] for item_id in losses.item_ids], bool)
+    gains = np.empty(0)
+    if losses is not None and losses.base is not None:
+        gains = (losses.base.astype(float) - losses.finetuned)[others]
+    creators = [entry["q_value"] for entry in scored.table.attrs["creators"] if entry["query"] == row["query"]]
+    images = scored.table.loc[scored.table["query"] == row["query"], "q_value"]
+    return verdicts.verdict(
+        near_copy=bool(copies["near_copy"].any()),
+        loss=row["loss_finetuned"],
+        gain=row["gain"],
+        gain_p=row["gain_p"],
+        control_losses=losses.finetuned[others].astype(float) if losses is not None else np.empty(0),
+        control_gains=gains,
+        creator_q=np.array(creators),
+        image_q=images.to_numpy(),
+    )
+
+
+# Shares ---------------------------------------------------------------------------------------------------------------
+
+
+def _shapley_of(scored: Scored, truth: str | os.PathLike[str] | None) -> dict[int, np.ndarray]:
+    """Exact Shapley values of the queries that a truth has."""
+    if truth is None:
+        return {}
+    query_ids, exact = kept_shapley(truth)
+    position = {item_id: i for i, item_id in enumerate(query_ids)}
+    names = scored.creators.names
+    return {
+        q: np.array([exact[name][position[item_id]] if name in exact else 0.0 for name in names])
+        for q, item_id in enumerate(scored.queries.item_ids)
+        if item_id in position
+    }
+
+
+def _of_query(creators: Creators, q: int) -> dict[str, np.ndarray]:
+    return {
+        "images": creators.images,
+        "totals": creators.totals[q],
+        "squares": creators.squares[q],
+        "by_batch": creators.by_batch[:, q],
+        "train_variance": creators.train_variance[q],
+    }
+
+
+def _shares(
+    scored: Scored,
+    made: Sequence[Verdict],
+    looks: pd.DataFrame,
+    truth: str | os.PathLike[str] | None,
+    usage: np.ndarray,
+    ids: Mapping[str, str],
+    pool: Decimal | None,
+    currency: str,
+) -> pd.DataFrame:
+    """Shares of each query and of the statement over all, by every estimator that what is known allows."""
+    creators, controls = scored.creators, scored.controls
+    exact = _shapley_of(scored, truth)
+    names = [ids[name] for name in creators.names] + [UNATTRIBUTED, BASE_MODEL]
+    corpus = np.append(creators.images / creators.images.sum(), [np.nan, np.nan])
+    rows: list[pd.DataFrame] = []
+    whole: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {}
+    for q, found in enumerate(made):
+        nulls = {} if controls is None else significance.group_nulls(controls.of(q), creators.images)
+        again = royalties.resampled((scored.queries.item_ids[q],), **_of_query(creators, q))
+        p = significance.group_p_values(np.vstack([creators.totals[q][None], again]), creators.images, nulls)
+        fdr = significance.false_discovery_rates(p)
+        variance = _variance(creators, q)
+        rho = royalties.reliability(creators.totals[q], variance)
+        common = {"reliability": rho, "similarity": _similarity_evidence(scored, looks[q]), "shapley": exact.get(q)}
+        once = Evidence(creators.images, creators.totals[q], fdr[0], **common)
+        repeated = Evidence(creators.images, again, fdr[1:], **common)
+        for estimator in ESTIMATORS:
+            if (estimator == "gated_group_sum" and not nulls) or (estimator == "shapley" and q not in exact):
+                continue
+            share = royalties.shares(estimator, once, from_model=found.explained)
+            repeats = royalties.shares(estimator, repeated, from_model=found.explained)
+            sums = whole.setdefault(estimator, ([], []))
+            sums[0].append(share)
+            sums[1].append(repeats)
+            table = _share_table(scored.queries.item_ids[q], estimator, names, share, repeats, creators.images, corpus)
+            count = len(creators.names)
+            table.loc[: count - 1, "group_score"] = creators.totals[q]
+            table.loc[: count - 1, "group_score_se"] = np.sqrt(variance)
+            table.loc[: count - 1, "p_null_group"] = p[0]
+            table.loc[: count - 1, "q_fdr_group"] = fdr[0]
+            rows.append(table)
+    for estimator, (parts, repeats_of) in whole.items():
+        if len(parts) < len(made):
+            continue  # shapley, of which not all queries have values
+        share = royalties.whole(np.stack(parts), usage)
+        repeats = royalties.whole(np.stack(repeats_of), usage)
+        table = _share_table(ALL, estimator, names, share, repeats, creators.images, corpus)
+        if pool is not None:
+            table["amount"] = royalties.amounts(pool, currency, share.tolist())
+            table["currency"] = currency
+        rows.append(table)
+    return pd.concat(rows, ignore_index=True)
+
+
+def _variance(creators: Creators, q: int) -> np.ndarray:
+    """Variance of creators' totals from draws, of the query and of the training images."""
+    batches = creators.by_batch[:, q]
+    if len(batches) < 2:
+        return np.full(len(creators.names), np.nan)
+    return batches.var(0, ddof=1) / len(batches) + creators.train_variance[q]
+
+
+def _share_table(
+    query: str,
+    estimator: str,
+    names: Sequence[str],
+    share: np.ndarray,
+    repeats: np.ndarray,
+    images: np.ndarray,
+    corpus: np.ndarray,
+) -> pd.DataFrame:
+    tail = (1 - significance.LEVEL) / 2
+    low, high = np.quantile(repeats, [tail, 1 - tail], axis=0)
+    count = len(images)
+    works = np.append(images, [np.nan, np.nan])
+    top = repeats[:, :count].argmax(1)
+    first = [float(((top == g) & (repeats[:, g] > 0)).mean()) if g < count else np.nan for g in range(len(names))]
+    return pd.DataFrame({
+        "query_id": query,
+        "contributor_id": list(names),
+        "estimator": estimator,
+        "attribution": ESTIMATORS[estimator].attribution,
+        "n_works": works,
+        "group_score": np.nan,
+        "group_score_se": np.nan,
+        "p_null_group": np.nan,
+        "q_fdr_group": np.nan,
+        "share": share,
+        "share_low": np.minimum(low, share),
+        "share_high": np.maximum(high, share),
+        "share_per_work": share / works,
+        "corpus_share": corpus,
+        "lift": share / corpus,
+        "prob_positive": (repeats > 0).mean(0),
+        "prob_top1": first,
+        "amount": None,
+        "currency": None,
+    })  # fmt: skip
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def _queries(scored: Scored, made: Sequence[Verdict], copies: pd.DataFrame, shares: pd.DataFrame) -> pd.DataFrame:
+    rows = []
+    losses = scored.control_losses
+    estimator = DEFAULT_ESTIMATOR if (shares["estimator"] == DEFAULT_ESTIMATOR).any() else "group_sum"
+    chosen = shares[shares["estimator"] == estimator].set_index(["query_id", "contributor_id"])["share"]
+    for q, (row, found) in enumerate(zip(scored.table.attrs["queries"], made, strict=True)):
+        mine = copies[copies["query"] == row["query"]]
+        nearest = mine.sort_values(["near_copy", "similarity"], ascending=False).iloc[0]
+        gain_null = None
+        if row["gain"] is not None and losses is not None and losses.base is not None and len(losses.base):
+            gains = losses.base.astype(float) - losses.finetuned
+            above = significance.exceedances(np.array([row["gain"]]), gains)
+            gain_null = float(significance.p_values(above, len(gains))[0])
+        rows.append({
+            "query_id": row["query_id"],
+            "file": row["query"],
+            "prompt": row["prompt"],
+            "verdict": found.verdict,
+            "reason": found.reason,
+            "loss_finetuned": row["loss_finetuned"],
+            "loss_base": row["loss_base"],
+            "finetune_gain": row["gain"],
+            "gain_se": row["gain_se"],
+            "gain_p": row["gain_p"],
+            "gain_p_null": gain_null,
+            "near_copy": bool(mine["near_copy"].any()),
+            "max_similarity": float(nearest["similarity"]),
+            "max_similarity_item": nearest["item_id"],
+            "similarity_metric": nearest["metric"],
+            "reliability": royalties.reliability(scored.creators.totals[q], _variance(scored.creators, q)),
+            "unattributed_share": float(chosen[row["query_id"], UNATTRIBUTED]),
+            "base_model_share": float(chosen[row["query_id"], BASE_MODEL]),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _attributions(
+    scored: Scored, looks: pd.DataFrame, clusters: Mapping[str, str], ids: Mapping[str, str]
+) -> pd.DataFrame:
+    parts = []
+    for q, path in enumerate(scored.queries.paths):
+        table = scored.table[scored.table["query"] == path].reset_index(drop=True)
+        lowest, highest = np.sort(table["score_low"].to_numpy()), np.sort(table["score_high"].to_numpy())
+        certain = len(table) == len(scored.store.items)
+        above = len(table) - np.searchsorted(lowest, table["score_high"].to_numpy(), side="right")
+        at_most = len(table) - np.searchsorted(highest, table["score_low"].to_numpy(), side="left")
+        z = np.full(len(table), np.nan)
+        if scored.controls is not None and len(scored.controls.of(q)):
+            null = scored.controls.of(q)
+            spread = stats.median_abs_deviation(null, scale="normal")
+            z = (table["score_adj"] - np.median(null)) / spread if spread > 0 else z
+        table = table.assign(
+            query_id=scored.queries.item_ids[q],
+            contributor_id=table["creator"].map(ids),
+            rank_low=(1 + above if certain else np.nan),
+            rank_high=(at_most if certain else np.nan),
+            z_null=z,
+            similarity=table["item_id"].map(looks[q]),
+            dup_cluster_id=table["item_id"].map(clusters),
+        )
+        parts.append(table)
+    return pd.concat(parts, ignore_index=True).drop(columns=["query", "creator", "caption"])
+
+
+def _styles(scored: Scored, ids: Mapping[str, str]) -> pd.DataFrame:
+    """Trained works of a creator against works of the same creator that were held out.
+
+    If held-out works score as high, a style that is recognised does not show that these works contributed.
+    """
+    rows = []
+    if scored.controls is not None:
+        held_by = np.array(scored.controls.creators, dtype=object)
+        for q, query in enumerate(scored.queries.item_ids):
+            for g, name in enumerate(scored.creators.names):
+                values = scored.controls.scores[q][held_by == name]
+                values = values[~np.isnan(values)]
+                n = scored.creators.images[g]
+                if len(values) < 2 or n < 2:
+                    continue
+                mean = scored.creators.totals[q, g] / n
+                sd = np.sqrt(max(scored.creators.squares[q, g] - n * mean**2, 0) / (n - 1))
+                test = stats.ttest_ind_from_stats(
+                    mean, sd, n, values.mean(), values.std(ddof=1), len(values), equal_var=False
+                )
+                a, b = sd**2 / n, values.var(ddof=1) / len(values)
+                dof = (a + b) ** 2 / (a**2 / (n - 1) + b**2 / (len(values) - 1)) if a + b > 0 else 1.0
+                half = stats.t.ppf((1 + significance.LEVEL) / 2, dof) * np.sqrt(a + b)
+                gap = mean - values.mean()
+                rows.append((query, ids[name], n, len(values), mean, values.mean(), gap, gap - half, gap + half,
+                             test.pvalue))  # fmt: skip
+    columns = [
+        "query_id", "contributor_id", "n_trained", "n_heldout", "mean_trained", "mean_heldout", "gap", "gap_low",
+        "gap_high", "p_gap",
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _controls(scored: Scored) -> pd.DataFrame:
+    columns = ["query_id", "control_id", "creator", "score"]
+    found: Controls | None = scored.controls
+    if found is None:
+        return pd.DataFrame(columns=columns)
+    rows = [
+        (query, item_id, creator, value)
+        for q, query in enumerate(scored.queries.item_ids)
+        for item_id, creator, value in zip(found.item_ids, found.creators, found.scores[q], strict=True)
+        if not np.isnan(value)
+    ]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _items(scored: Scored, clusters: Mapping[str, str], ids: Mapping[str, str]) -> pd.DataFrame:
+    made = scored.store
+    files = made.items["item_id"].value_counts()
+    table = made.items.assign(
+        contributor_id=made.items["creator"].map(ids),
+        dup_cluster_id=made.items["item_id"].map(clusters),
+        train_weight=made.items["item_id"].map(files).astype(float),
+        split="train",
+    )
+    columns = ["item_id", "file_name", "caption", "contributor_id", "creator", "licence", "split", "train_weight",
+               "dup_cluster_id"]  # fmt: skip
+    inside = made.controls()
+    if inside is not None:
+        others = inside.items.assign(split="control", train_weight=0.0, dup_cluster_id=None)
+        others["contributor_id"] = others["creator"].map(contributor_ids(list(others["creator"].unique())))
+        table = pd.concat([table[columns], others[columns]], ignore_index=True)
+    return table[columns].sort_values(
+        ["split", "item_id", "file_name"], ascending=[False, True, True], ignore_index=True
+    )
+
+
+def _contributors(scored: Scored, ids: Mapping[str, str]) -> pd.DataFrame:
+    held = pd.Series(scored.controls.creators if scored.controls is not None else [], dtype=object).value_counts()
+    names = scored.creators.names
+    return pd.DataFrame({
+        "contributor_id": [*(ids[name] for name in names), UNATTRIBUTED, BASE_MODEL],
+        "name": [*names, UNATTRIBUTED, BASE_MODEL],
+        "n_works": [*scored.creators.images.astype(int), 0, 0],
+        "n_heldout": [*(int(held.get(name, 0)) for name in names), 0, 0],
+    })  # fmt: skip

@@ -1,0 +1,210 @@
+"""An export: tables on pictures in one folder, with what they mean and all that is needed to make them again."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+from influence import store as stores
+from influence import tables
+from influence.answers import Answers, answer
+from influence.errors import OptionError
+from influence.pipeline import LIBRARIES, Message, Progress, silent
+from influence.royalties import ESTIMATORS
+
+LIMITS = (
+    "Scores are first-order estimates of what training on an image did to the loss of a picture, for the fine-tune's "
+    "images only: all that the base model was trained on is one lump, _base_model.",
+    "Intervals cover the random draws of noise and timesteps, and for shares which works a creator had. They do not "
+    "cover that training again, with another seed, gives another model.",
+    "A score depends on the prompt. Similarity, membership, influence and near copies are different things, and each "
+    "has columns of its own.",
+    "Shares are research estimates: how an estimator divides what the fine-tune did. They are no licence, no proof of "
+    "copying, and nothing here says that anything is due.",
+)
+_OPTIONS = ("k", "method", "damping", "draws", "prompt", "usage", "pool", "currency", "embedding", "dataset", "model",
+            "lora", "base")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """Whether an export came out the same."""
+
+    folder: Path
+    changed: dict[str, str]
+    """Tables whose bytes differ, and how."""
+
+
+def export(
+    images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    store: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    form: str = "csv",
+    truth: str | os.PathLike[str] | None = None,
+    progress: Progress = silent,
+    message: Message = silent,
+    **options: Any,
+) -> Answers:
+    """Write all tables on pictures to a new folder, whole or not at all.
+
+    Args:
+        images: One picture file, or several.
+        store: The store's folder.
+        out: Folder to make.
+        form: Of the tables: one of `tables.FORMATS`.
+        truth: Folder of a truth, for exact Shapley values.
+        progress: Called as work gets done.
+        message: Called with lines that a person must see.
+        options: As for `answer`; `pool` may be text.
+
+    Raises:
+        InfluenceError: An input cannot be used, or the folder is there already.
+    """
+    target = Path(out)
+    if target.exists():
+        raise OptionError(f"{target} is there already; choose another folder, so that no export is overwritten")
+    if form not in tables.FORMATS:
+        raise OptionError(f"format {form!r} is unknown; expected one of {', '.join(tables.FORMATS)}")
+    paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
+    wanted = {name: value for name, value in options.items() if name in _OPTIONS and value is not None}
+    pool = _pool(options.pop("pool", None))
+    made = answer(
+        paths, store, pool=pool, truth=truth, progress=progress, message=message, **options,
+    )  # fmt: skip
+    contents = {name: tables.write(name, getattr(made, name), form) for name in tables.SCHEMA}
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    opened = stores.open_store(store)
+    inside = opened.controls()
+    run = {
+        "tool": "influence",
+        "version": importlib.metadata.version("influence"),
+        "images": [{"file": str(path), "sha256": _sha256(Path(path))} for path in paths],
+        "store": str(store),
+        "truth": None if truth is None else str(truth),
+        "format": form,
+        "options": {name: _plain(value) for name, value in wanted.items()},
+        "facts": made.facts,
+        "estimators": {name: found.formula for name, found in ESTIMATORS.items()},
+        "spec": opened.spec.to_json(),
+        "build": opened.build,
+        "features": opened.family_hash("loss"),
+        "controls": None if inside is None else inside.family_hash("loss"),
+        "dataset_sha256": opened.source["dataset_sha256"],
+        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "tables": {f"{name}.{form}": f"sha256:{digest}" for name, digest in hashes.items()},
+        "limits": list(LIMITS),
+    }
+    files = {f"{name}.{form}": data for name, data in contents.items()}
+    files["datapackage.json"] = _json(tables.datapackage(form, hashes))
+    files["run.json"] = _json(run)
+    files["README.md"] = _readme(made, form).encode()
+    _write(target, files)
+    return made
+
+
+def replay(
+    run: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    progress: Progress = silent,
+    message: Message = silent,
+    **changes: Any,
+) -> Replayed:
+    """Make an export again from its `run.json`, and compare.
+
+    Args:
+        run: `run.json` of an export; paths in it are as they were given then, from the folder it was made in.
+        out: Folder to make.
+        progress: Called as work gets done.
+        message: Called with lines that a person must see.
+        changes: Options in place of those recorded: where the store (`store`), model or data set is now.
+
+    Raises:
+        InfluenceError: The record cannot be read, or a picture or the store is not what it was.
+    """
+    path = Path(run)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        images, options = record["images"], dict(record["options"])
+        store, form, written = record["store"], record["format"], record["tables"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OptionError(f"{path} is no run.json of an export: {type(error).__name__}") from None
+    for image in images:
+        if not Path(image["file"]).is_file() or _sha256(Path(image["file"])) != image["sha256"]:
+            raise OptionError(f"{image['file']} is not the picture that was exported; put it back where it was")
+    store = changes.pop("store", None) or store
+    opened = stores.open_store(store)
+    if opened.family_hash("loss") != record["features"]:
+        raise OptionError(f"store {opened.path.name} has other features than the export was made of")
+    files = [image["file"] for image in images]
+    export(files, store, out, form=form, truth=record["truth"], progress=progress, message=message,
+           **options | changes)  # fmt: skip
+    again = json.loads((Path(out) / "run.json").read_text(encoding="utf-8"))
+    changed = {name: f"{digest} became {again['tables'][name]}" for name, digest in written.items()
+               if again["tables"].get(name) != digest}  # fmt: skip
+    return Replayed(Path(out), changed)
+
+
+def _pool(value: Any) -> Decimal | None:
+    if value is None:
+        return None
+    try:
+        return Decimal(str(value))
+    except InvalidOperation:
+        raise OptionError(f"pool is {value!r}; expected a sum of money, as 1000 or 1000.50") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (str, int, float, bool)) or value is None:
+        return value
+    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else str(value)
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise OptionError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _readme(made: Answers, form: str) -> str:
+    lines = ["# Export of influence", "", *(f"{limit}\n" for limit in LIMITS), "## Tables", ""]
+    for name, schema in tables.SCHEMA.items():
+        lines.append(f"- `{name}.{form}`: {schema.title.lower()}; {len(getattr(made, name))} rows")
+    lines += [
+        "", "`datapackage.json` says what every column is and in which unit; empty is missing. `run.json` has all that",
+        "is needed to make the tables again: `influence replay run.json -o again`.", "", "## Estimators", "",
+        *(f"- `{name}`: {found.formula}" + ("" if found.attribution else " (a baseline, not attribution)")
+          for name, found in ESTIMATORS.items()), "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _write(target: Path, files: dict[str, bytes]) -> None:
+    """A folder that is whole or absent."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            for name, data in files.items():
+                (aside / name).write_bytes(data)
+            aside.chmod(0o755)
+            aside.rename(target)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(aside)
+    except OSError as error:
+        raise OptionError(f"{target} cannot be written: {error.strerror}") from None
