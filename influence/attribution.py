@@ -107,7 +107,7 @@ class Creators:
 
     names: list[str]
     images: Float64[np.ndarray, " creators"]
-    """Files."""
+    """Files; if there are clusters, works without near duplicates, and their part of a work that several sent in."""
     totals: Float64[np.ndarray, "query creators"]
     squares: Float64[np.ndarray, "query creators"]
     """Sums of squared scores."""
@@ -155,8 +155,7 @@ def score(
 ) -> Scored:
     """Score pictures; arguments as for `attribute`.
 
-    `clusters` names the near-duplicate cluster of each image: those of one cluster share what they have together among
-    their creators, by files.
+    `clusters` names the near-duplicate cluster of each image: totals then count each cluster as one work.
 
     Raises:
         InfluenceError: As for `attribute`.
@@ -186,11 +185,11 @@ def score(
     before = load_base(made, base, str(next(iter(loaded.denoiser.parameters.values())).device))
     asked = read_queries(loaded, chosen.family, paths, prompts, progress, message, before)
     groups = _groups(made, chosen.family)
-    if clusters is not None:
-        groups = scoring.shared(groups, clusters)
     num_train = float(groups.files.sum())
     factored = solver(made, chosen, damping) if chosen.curvature else None
     h = leverages(made, chosen, damping, factored, groups)
+    if clusters is not None:
+        groups = scoring.shared(groups, clusters)
     v = scoring.precondition(chosen, torch.from_numpy(asked.phi), factored, num_train)
     compared = None if controls is None else _control_scores(controls, chosen, v, asked)
     table, creators = _rank(made, chosen, v, asked, k, groups, h, compared)

@@ -182,6 +182,7 @@ def forwards(recipe: Recipe, item_ids: Sequence[str]) -> Iterator[tuple[np.ndarr
         for count in sorted({len(draws) for draws in lists} - {0}):
             images = np.array([i for i, draws in enumerate(lists) if len(draws) == count])
             step = max(1, recipe.batch_size // count)
+            step -= step % len(parts) if step > len(parts) else 0  # whole images, whatever stands beside them
             for first in range(0, len(images), step):
                 part = images[first : first + step]
                 which = np.stack([lists[i] for i in part])

@@ -6,6 +6,7 @@ from pathlib import Path
 from influence import store as stores
 from influence.errors import StoreError
 from influence.pipeline import DEFAULT_BATCH, Message, Progress, load_for, read, run_shards, silent
+from influence.shards import FAMILIES
 from influence.verification import Problem, drop, verify
 
 
@@ -47,28 +48,38 @@ def repair(
     """
     problems = verify(store, progress)
     for problem in problems:
-        if problem.shard is None and not problem.file.startswith("derived/"):
+        if problem.shard is None and Path(problem.file).parent.name != "derived":
             raise StoreError(f"{problem.file} cannot be built again, restore it from a copy: {problem.found}")
     if not problems:
         return []
-    made = stores.open_damaged(store)
-    lost = {family: {p.shard for p in problems if p.family == family and p.item_ids} for family in ("loss", "square")}
-    if any(lost.values()):
+    folder, inside = stores.found(store), f"{stores.CONTROLS}/"
+    todo = []
+    for prefix in ("", inside):
+        damaged = [
+            problem for problem in problems if problem.item_ids and problem.file.startswith(inside) == bool(prefix)
+        ]
+        if not damaged:
+            continue
+        made = stores.open_damaged(folder / prefix)
         loaded, options = load_for(
             made, model=model, lora=lora, draws=1, engine=engine, batch_size=batch_size, memory=memory, device=device,
             message=message,
         )  # fmt: skip
-        where = made.source["dataset"] if dataset is None else str(Path(dataset).absolute())
+        moved = dataset is not None and not prefix
+        where = str(Path(str(dataset)).absolute()) if moved else made.source["dataset"]
         data = read(where, loaded.denoiser, made.source["creator_column"], progress, message)
-        wanted = {item_id for problem in problems for item_id in problem.item_ids} - made.excluded
+        wanted = {item_id for problem in damaged for item_id in problem.item_ids} - made.excluded
         absent = sorted(wanted - {item.item_id for item in data.items})
         if absent:
             raise StoreError(
                 f"{where} lacks {len(absent)} of {len(wanted)} images whose features are damaged, {absent[0]} first; "
                 "nothing was dropped: put them back, or exclude them"
             )
-    drop(made.path, problems)
-    for family, numbers in lost.items():
+        for family in FAMILIES:
+            numbers = {problem.shard for problem in damaged if problem.family == family and problem.shard is not None}
+            todo.append((made, family, numbers, loaded, options, data))
+    drop(folder, problems)
+    for made, family, numbers, loaded, options, data in todo:
         if numbers:
             run_shards(made, family, loaded, options, data, 1, progress, message, only=numbers)
     return problems

@@ -128,7 +128,10 @@ def groups(ids: pd.Series, names: pd.Series) -> Groups:
 
 
 def shared(groups: Groups, clusters: Mapping[str, str]) -> Groups:
-    """Groups in which the images of a cluster (near duplicates) share their credit, by files; sums stay as they are.
+    """Groups in which a cluster of near duplicates counts as one work, whoever sent in how many copies of it.
+
+    Its credit is the mean score of its images, divided among the groups by files. So a work gains nothing by copies:
+    they are in H as well, and lower the score of each.
 
     Args:
         groups: As `groups` makes them.
@@ -138,8 +141,8 @@ def shared(groups: Groups, clusters: Mapping[str, str]) -> Groups:
     count = len(groups.ids)
     member = sparse.coo_array((np.ones(count), (np.arange(count), codes)), shape=(count, codes.max() + 1)).tocsr()
     together = member @ (member.T @ groups.files)  # files of the whole cluster, by group
-    own, all_files = groups.files.sum(1), together.sum(1)
-    return Groups(groups.ids, groups.names, (sparse.diags_array(own / all_files) @ together).tocsr())
+    images = member @ member.sum(0)
+    return Groups(groups.ids, groups.names, (sparse.diags_array(1 / images / together.sum(1)) @ together).tocsr())
 
 
 def group_totals(

@@ -5,6 +5,7 @@ on an image did no more for the query than training on a stranger would have don
 (`score / (1 − h)`, see `curvature.leverage`) and theirs can be exchanged.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,7 +68,7 @@ def group_null(controls: Float[np.ndarray, " controls"], size: int, repeats: int
 
 def group_nulls(controls: Float[np.ndarray, " controls"], sizes: np.ndarray) -> dict[int, np.ndarray]:
     """The null of each size that there is."""
-    return {int(size): group_null(controls, int(size)) for size in np.unique(sizes)}
+    return {size: group_null(controls, size) for size in {_whole(float(size)) for size in sizes}}
 
 
 def group_p_values(
@@ -76,11 +77,16 @@ def group_p_values(
     """P of each group's total against random groups of controls of its size; NaN without controls."""
     p = np.full(totals.shape, np.nan)
     for group, size in enumerate(sizes):
-        if int(size) in nulls:
-            null = nulls[int(size)]
+        if _whole(float(size)) in nulls:
+            null = nulls[_whole(float(size))]
             above = len(null) - np.searchsorted(null, totals[..., group], side="left")
             p[..., group] = (1 + above) / (1 + len(null))
     return p
+
+
+def _whole(size: float) -> int:
+    """Works of a group; a part of a work that several sent in counts as a whole one, which is on the safe side."""
+    return math.ceil(size - 1e-9)
 
 
 def false_discovery_rates(p: Float[np.ndarray, "*repeats groups"]) -> Float[np.ndarray, "*repeats groups"]:

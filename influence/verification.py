@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,10 @@ def verify(
         with noting(folder / "derived" / name):
             if name.endswith(".safetensors") and stores.read_tensors(folder / "derived" / name) is None:
                 raise StoreError(f"{name} is damaged; it is ignored, and made again when it is needed")
+    if os.path.lexists(folder / stores.CONTROLS):
+        with noting(folder / stores.CONTROLS):
+            for found in verify(stores.found(folder / stores.CONTROLS)):
+                problems.append(replace(found, file=f"{stores.CONTROLS}/{found.file}"))
     return problems
 
 

@@ -1,0 +1,256 @@
+"""Controls, verdicts, shares and exports on real classes; hostile names; outside readers."""
+
+import csv
+import json
+import shutil
+import string
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from tiny_models import pictures, tiny_ddpm, tiny_lora, tiny_stable_diffusion
+
+import influence
+from influence import answers, tables, typefaces
+from influence.errors import DatasetError, OptionError, StoreError
+
+HOSTILE = '=cmd|"/C calc"!A1\n\u202egnp.exe\u2066, "x"'
+DRAWS = 8
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    path = tmp_path_factory.mktemp("answers")
+    tiny_ddpm(path / "ddpm")
+    shutil.copytree(path / "ddpm", path / "base")
+    tiny_stable_diffusion(path / "sd")
+    tiny_lora(path / "sd", path / "lora")
+    pictures(path / "all", count=30)
+    with (path / "all" / "metadata.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name, part in (("data", rows[:12]), ("controls", rows[12:28])):
+        (path / name).mkdir()
+        with (path / name / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            for i, row in enumerate(part):
+                shutil.copy(path / "all" / row["file_name"], path / name / row["file_name"])
+                writer.writerow(row | {"creator": [HOSTILE, "Ann", "Bo"][i % 3]})
+    influence.build(
+        path / "data", model=path / "ddpm", store=path / "s", dim=128, draws=DRAWS, controls=path / "controls",
+        base=path / "base",
+    )  # fmt: skip
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(world):
+    return influence.export(
+        [world / "all" / "028.png", world / "data" / "003.png"], world / "s", world / "out", draws=DRAWS, pool="100.01"
+    )
+
+
+def test_controls_are_kept_apart_and_are_no_training_images(world):
+    made = influence.open_store(world / "s")
+    inside = made.controls()
+    assert made.num_rows()[0] == 12 and inside.num_rows() == (16, 0)
+    assert not set(made.items["item_id"]) & set(inside.items["item_id"])
+    assert influence.verify(world / "s") == []
+
+
+def test_a_control_that_was_trained_on_is_left_out_by_name(world, tmp_path):
+    shutil.copytree(world / "controls", tmp_path / "controls")
+    shutil.copy(world / "data" / "002.png", tmp_path / "controls" / "copy.png")
+    with (world / "data" / "metadata.csv").open(newline="", encoding="utf-8") as file:
+        caption = next(row for row in csv.DictReader(file) if row["file_name"] == "002.png")
+    with (tmp_path / "controls" / "metadata.csv").open("a", newline="") as file:
+        csv.writer(file).writerow(["copy.png" if k == "file_name" else v for k, v in caption.items()])
+    said = []
+    shutil.copytree(world / "s", tmp_path / "s", ignore=shutil.ignore_patterns("controls"))
+    influence.build(
+        world / "data", model=world / "ddpm", store=tmp_path / "s", dim=128, draws=DRAWS,
+        controls=tmp_path / "controls", message=said.append,
+    )  # fmt: skip
+    assert any("1 are training images and left out, copy.png first" in line for line in said)
+    with pytest.raises(DatasetError, match="holds no image that was not trained on"):
+        influence.build(
+            world / "data", model=world / "ddpm", store=tmp_path / "t", dim=128, draws=DRAWS, controls=world / "data"
+        )
+
+
+def test_a_damaged_control_is_found_and_repaired(world, tmp_path):
+    shutil.copytree(world / "s", tmp_path / "s")
+    victim = sorted((tmp_path / "s" / "controls" / "shards").glob("*.h5"))[0]
+    data = bytearray(victim.read_bytes())
+    data[-20] ^= 1
+    victim.write_bytes(data)
+    (problem,) = influence.verify(tmp_path / "s")
+    assert problem.file.startswith("controls/shards/loss-") and problem.item_ids
+    assert influence.repair(tmp_path / "s") and influence.verify(tmp_path / "s") == []
+    assert victim.read_bytes() == (world / "s" / victim.relative_to(tmp_path / "s")).read_bytes()
+
+
+def test_incomplete_controls_are_refused(world, tmp_path):
+    shutil.copytree(world / "s", tmp_path / "s")
+    for path in sorted((tmp_path / "s" / "controls" / "shards").glob("*"))[:2]:
+        path.unlink()
+    with pytest.raises(StoreError, match="controls of store s are not complete"):
+        influence.attribute(world / "all" / "028.png", tmp_path / "s", draws=DRAWS)
+
+
+def test_scores_have_errors_and_are_compared_with_controls(world):
+    said = []
+    table = influence.attribute(
+        [world / "all" / "028.png", world / "controls" / "013.png"], world / "s", k=None, draws=DRAWS,
+        message=said.append,
+    )  # fmt: skip
+    assert any("there are 16 controls" in line for line in said)
+    assert (table["score_low"] < table["score"]).all() and (table["score"] < table["score_high"]).all()
+    assert table["leverage"].between(0, 0.9).all()
+    np.testing.assert_allclose(table["score_adj"], table["score"] / (1 - table["leverage"]))
+    first = table[table["query"].str.endswith("028.png")]
+    assert set(np.round(first["p_value"] * 17).astype(int)) <= set(range(1, 18))
+    assert (np.diff(first.sort_values("p_value")["q_value"]) >= 0).all()
+    itself = table[table["query"].str.endswith("013.png")]
+    assert set(np.round(itself["p_value"] * 16).astype(int)) <= set(range(1, 17)), "a query is not its own control"
+    for query in table.attrs["queries"]:
+        assert query["gain"] == pytest.approx(0, abs=1e-5), "the base is the model itself"
+
+
+def test_without_controls_and_base_answers_say_so(world, tmp_path):
+    shutil.copytree(world / "s", tmp_path / "s", ignore=shutil.ignore_patterns("controls"))
+    record = influence.open_store(tmp_path / "s").source
+    assert record["base"]
+    made = influence.answer(world / "all" / "028.png", tmp_path / "s", draws=DRAWS)
+    assert made.queries["verdict"].tolist() != ["attributable"]
+    assert "gated_group_sum" not in set(made.shares["estimator"])
+    assert made.attributions["p_value"].isna().all() and len(made.controls) == 0
+
+
+def test_tables_have_their_schema_and_keys(exported):
+    for name, schema in tables.SCHEMA.items():
+        table = getattr(exported, name)
+        assert list(tables.typed(name, table).column_names) == [field.name for field in schema.fields]
+        assert not table.duplicated(list(schema.primary_key)).any(), name
+        for field in schema.fields:
+            assert not field.required or table[field.name].notna().all(), (name, field.name)
+        for column, other, key in schema.foreign_keys:
+            assert set(table[column]) <= set(getattr(exported, other)[key]), (name, column)
+
+
+def test_shares_sum_to_one_and_money_to_the_pool(exported):
+    for (query, _), rows in exported.shares.groupby(["query_id", "estimator"]):
+        assert sum(rows["share"].tolist()) == 1.0
+        assert (rows["share_low"] <= rows["share"]).all() and (rows["share"] <= rows["share_high"]).all()
+        if query == answers.ALL:
+            assert str(sum(rows["amount"])) == "100.01"
+    assert set(exported.shares["query_id"]) == {*exported.queries["query_id"], answers.ALL}
+
+
+def test_intervals_of_ranks_hold_the_rank(exported):
+    table = exported.attributions
+    assert (table["rank_low"] <= table["rank"]).all() and (table["rank"] <= table["rank_high"]).all()
+
+
+def test_style_is_shown_against_works_of_the_same_creator_that_were_held_out(exported):
+    styles = exported.styles
+    assert len(styles) == 6 and (styles["n_trained"] == 4).all() and styles["n_heldout"].between(4, 6).all()
+    np.testing.assert_allclose(styles["gap"], styles["mean_trained"] - styles["mean_heldout"])
+    assert (styles["gap_low"] < styles["gap"]).all() and (styles["gap"] < styles["gap_high"]).all()
+
+
+def test_an_export_validates_against_its_own_description_with_an_outside_reader(world, exported):
+    frictionless = pytest.importorskip("frictionless")
+    report = frictionless.validate(str(world / "out" / "datapackage.json"))
+    assert report.valid, report.flatten(["type", "message"])[:5]
+
+
+def test_a_hostile_name_does_no_harm_in_any_format(world, exported):
+    assert HOSTILE in exported.contributors["name"].tolist()
+    with (world / "out" / "contributors.csv").open(newline="", encoding="utf-8") as file:
+        cells = [cell for row in csv.reader(file) for cell in row]
+    assert not any(cell.startswith(("=", "+", "@")) for cell in cells)
+    back = pd.read_csv(world / "out" / "contributors.csv")
+    assert "'" + HOSTILE in back["name"].tolist()
+    assert all(text.isascii() and "\n" not in text for text in back["contributor_id"])
+    lossless = [
+        json.loads(line)["name"] for line in tables.write("contributors", exported.contributors, "jsonl").splitlines()
+    ]
+    assert HOSTILE in lossless
+    openpyxl = pytest.importorskip("openpyxl")
+    path = world / "x.xlsx"
+    path.write_bytes(tables.write("contributors", exported.contributors, "xlsx"))
+    cells = [cell for row in openpyxl.load_workbook(path).active.iter_rows() for cell in row]
+    assert any(cell.value and "cmd|" in str(cell.value) and cell.data_type == "s" for cell in cells)
+    assert not any(cell.data_type == "f" for cell in cells)
+
+
+@pytest.mark.parametrize("form", tables.FORMATS)
+def test_equal_tables_have_equal_bytes(exported, form):
+    for name in tables.SCHEMA:
+        assert tables.write(name, getattr(exported, name), form) == tables.write(name, getattr(exported, name), form)
+
+
+def test_types_survive_pandas(world, exported):
+    back = pd.read_csv(world / "out" / "shares.csv")
+    assert back["share"].dtype == float and back["attribution"].dtype == bool
+    np.testing.assert_array_equal(back["share"], exported.shares["share"])
+    (world / "t.parquet").write_bytes(tables.write("shares", exported.shares, "parquet"))
+    assert pd.read_parquet(world / "t.parquet")["n_works"].dropna().tolist() == [4] * back["n_works"].notna().sum()
+
+
+def test_an_export_is_replayed_byte_for_byte_and_a_changed_picture_is_refused(world, exported, tmp_path):
+    found = influence.replay(world / "out" / "run.json", tmp_path / "again")
+    assert found.changed == {}
+    for path in sorted((world / "out").iterdir()):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+    record = json.loads((world / "out" / "run.json").read_text())
+    record["images"][0]["sha256"] = "0" * 64
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(OptionError, match="is not the picture that was exported"):
+        influence.replay(tmp_path / "run.json", tmp_path / "b")
+    with pytest.raises(OptionError, match="is there already"):
+        influence.export(world / "all" / "028.png", world / "s", world / "out", draws=DRAWS)
+    with pytest.raises(OptionError, match=r"is no run.json of an export"):
+        influence.replay(world / "out" / "datapackage.json", tmp_path / "c")
+
+
+def test_the_same_picture_twice_is_refused(world, tmp_path):
+    shutil.copy(world / "all" / "028.png", tmp_path / "same.png")
+    with pytest.raises(OptionError, match="given twice"):
+        influence.answer([world / "all" / "028.png"] * 2, world / "s", draws=DRAWS)
+    with pytest.raises(OptionError, match="same picture as one before it"):
+        influence.answer([world / "all" / "028.png", tmp_path / "same.png"], world / "s", draws=DRAWS)
+
+
+def test_noise_and_a_photograph_are_not_from_a_model_of_letters(tmp_path):
+    """Its own base stands for the fine-tune, letters for what it was trained on, other letters for controls."""
+    model = Path(influence.__file__).parent / "demo_base"
+    typefaces.render(tmp_path / "all", typefaces.demo_fonts(), string.ascii_uppercase + string.digits, size=24)
+    with (tmp_path / "all" / "metadata.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name, part in (("data", rows[::3]), ("controls", rows[1::3] + rows[2::3])):
+        for row in part:
+            (tmp_path / name / row["file_name"]).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(tmp_path / "all" / row["file_name"], tmp_path / name / row["file_name"])
+    store = tmp_path / "s"
+    influence.build(tmp_path / "data", model=model, store=store, dim=64, draws=8, controls=tmp_path / "controls")
+    rng = np.random.Generator(np.random.PCG64(0))
+    Image.fromarray(rng.integers(0, 255, (24, 24), dtype=np.uint8)).save(tmp_path / "noise.png")
+    y, x = np.mgrid[:24, :24] / 24
+    hills = 90 + 60 * np.sin(5 * x + 2 * y) + 40 * (y > 0.5 + 0.1 * np.sin(9 * x)) + rng.normal(0, 8, (24, 24))
+    Image.fromarray(np.clip(hills, 0, 255).astype(np.uint8)).save(tmp_path / "hills.png")
+    made = influence.answer([tmp_path / "noise.png", tmp_path / "hills.png"], store, draws=64)
+    assert made.queries["verdict"].tolist() == ["not_from_model"] * 2, made.queries["reason"].tolist()
+    shares = made.shares[made.shares["attribution"]]
+    assert (shares.loc[shares["contributor_id"] == "_base_model", "share"] == 1).all()
+
+
+def test_a_lora_has_its_base_with_it(world, tmp_path):
+    pictures(tmp_path / "data", count=6)
+    influence.build(tmp_path / "data", model=world / "sd", lora=world / "lora", store=tmp_path / "s", dim=64, draws=4)
+    table = influence.attribute(tmp_path / "data" / "001.png", tmp_path / "s", prompt="picture 1", draws=4)
+    (query,) = table.attrs["queries"]
+    assert query["gain"] != 0 and query["loss_base"] == pytest.approx(query["loss_finetuned"] + query["gain"], rel=1e-4)
