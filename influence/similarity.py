@@ -120,7 +120,8 @@ def duplicates(
     That leaves at most 3 % of the variance of one picture unexplained by the other. Saving again as JPEG, a shift or
     5 % more brightness leave less; two works that draw the same thing leave more. The cut is in units of the pictures'
     own contrast, so that it needs no tuning; at half of the side little is left of what compression does. Queries are
-    halved from each of four origins, so that a shift by an odd number of pixels is found too.
+    halved from each of four origins, so that a shift by an odd number of pixels is found too; a shift by a fraction of
+    a pixel can hide a picture of thin lines.
     """
     if min(works.shape[-2:]) < SIDE:
         return similarity(queries, works) >= DUPLICATE
