@@ -191,7 +191,7 @@ def _sheet(table: pd.DataFrame, folder: Path, root: Path) -> bytes:
             generated=datasets.decode(folder / row.query)[0],
             trained=datasets.decode(root / row.file_name)[0],
             label=f"{'near copy · ' * row.near_copy}similarity {row.similarity:.3f} · ratio {row.ratio:.2f}\n"
-            f"{Path(row.query).name} | {row.file_name}",
+            f"{Path(row.query).stem} | {Path(row.file_name).name}",
             near_copy=row.near_copy,
         )
         for row in firsts.head(SHOWN).itertuples()

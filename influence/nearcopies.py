@@ -90,6 +90,7 @@ def near_copies(
     same = similarity.duplicates(works[sample], works)
     same[np.arange(len(sample)), sample] = True
     table = []
+    copies: dict[int, np.ndarray] = {}
     for metric in [*metrics, *["embedding"] * (embedding is not None)]:
         if metric == "pixel":
             compare, trained, asked = similarity.similarity, works, pixels(names, shape)
@@ -108,9 +109,11 @@ def near_copies(
         if null.pairs < _FEW:
             message(f"the background of near copies ({metric}) is of {null.pairs} pairs only; {_FEW} make a quantile")
         for name, values in zip(names, compare(asked, trained), strict=True):
-            copies = similarity.duplicates(works[[values.argmax()]], works)[0]
-            copies[values.argmax()] = True
-            found = similarity.nearest(values, copies, null)
+            index = int(values.argmax())
+            if index not in copies:
+                copies[index] = similarity.duplicates(works[[index]], works)[0]
+                copies[index][index] = True
+            found = similarity.nearest(values, copies[index], null)
             item = items[found.index]
             facts = (found.similarity, null.threshold, found.ratio, null.ratio_limit, found.near_copy)
             table.append((str(name), metric, item.item_id, item.file_name, item.creator, *facts))

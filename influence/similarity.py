@@ -120,24 +120,33 @@ def duplicates(
     That leaves at most 3 % of the variance of one picture unexplained by the other. Saving again as JPEG, a shift or
     5 % more brightness leave less; two works that draw the same thing leave more. The cut is in units of the pictures'
     own contrast, so that it needs no tuning; at half of the side little is left of what compression does. Queries are
-    halved from each of four origins, so that a shift by an odd number of pixels is found too.
+    halved from sixteen origins, half a pixel apart, so that a shift by any fraction of a pixel is found too, except in
+    pictures of thin lines. Pictures smaller than 32 pixels are compared as they are.
     """
     if min(works.shape[-2:]) < SIDE:
         return similarity(queries, works) >= DUPLICATE
-    halved = _halved(works)
-    origins = [(dy, dx) for dy in (0, 1) for dx in (0, 1)]
-    moved = [torch.nn.functional.pad(queries.float(), (0, dx, 0, dy), mode="replicate") for dy, dx in origins]
-    found = [_halved(x[..., dy:, dx:]) for x, (dy, dx) in zip(moved, origins, strict=True)]
-    return np.maximum.reduce([similarity(x, halved) for x in found]) >= DUPLICATE
+    height, width = (2 * side for side in queries.shape[-2:])
+    doubled = queries.float().repeat_interleave(2, -2).repeat_interleave(2, -1)
+    doubled = torch.nn.functional.pad(doubled, (0, 3, 0, 3), mode="replicate")
+    halved = _pooled(works.float(), 2)
+    found = np.zeros((len(queries), len(works)), dtype=bool)
+    for dy in range(4):
+        for dx in range(4):
+            moved = _pooled(doubled[..., dy : dy + height, dx : dx + width], 4)
+            found |= similarity(moved, halved) >= DUPLICATE
+    return found
 
 
 def clusters(works: Float[Tensor, "works channels height width"]) -> Int[np.ndarray, " works"]:
-    """Near-duplicate cluster of each work: the connected components of `duplicates`, numbered by their first work."""
+    """Near-duplicate cluster of each work: the connected components of `duplicates`, numbered by their first work.
+
+    All pairs are compared: about 5 s for 500 works of 32 pixels on one core, 20 min for 10,000.
+    """
     rows, columns = [], []
     for first in range(0, len(works), _BLOCK):
-        found = np.nonzero(duplicates(works[first : first + _BLOCK], works))
+        found = np.nonzero(duplicates(works[first : first + _BLOCK], works[first:]))
         rows.append(found[0] + first)
-        columns.append(found[1])
+        columns.append(found[1] + first)
     i, j = np.concatenate(rows), np.concatenate(columns)
     labels = connected_components(csr_array((np.ones(len(i)), (i, j)), shape=(len(works),) * 2), directed=False)[1]
     _, first_of, inverse = np.unique(labels, return_index=True, return_inverse=True)
@@ -222,6 +231,6 @@ def _energy(x: Tensor) -> Tensor:
     return torch.where(energy > 1e-9 * flat.square().sum((1, 2)), energy, torch.inf)
 
 
-def _halved(x: Tensor) -> Tensor:
-    """Pictures of half the side."""
-    return torch.nn.functional.avg_pool2d(x.float(), 2, ceil_mode=True, count_include_pad=False)
+def _pooled(x: Tensor, size: int) -> Tensor:
+    """Means over squares of that size."""
+    return torch.nn.functional.avg_pool2d(x, size, ceil_mode=True, count_include_pad=False)

@@ -182,7 +182,7 @@ def test_a_lora_generates_with_each_caption_and_is_compared_in_pixels_and_latent
     table = influence.extract(tmp_path / "s", tmp_path / "out", count=2, steps=3)
     assert len(table) == 2 * 3 * 2 and set(table["metric"]) == {"pixel", "latent"}
     assert table.groupby("caption")["query"].nunique().to_dict() == {f"scene {i}": 2 for i in range(3)}
-    other = influence.extract(tmp_path / "s", tmp_path / "plain", count=1, steps=3, guidance=1)
+    other = influence.extract(tmp_path / "s", tmp_path / "plain", count=1, steps=3, guidance=1.0)
     query = other["query"].iloc[0]
     pictures = [np.asarray(datasets.decode(tmp_path / folder / query)[0], int) for folder in ("out", "plain")]
     assert other["caption"].nunique() == 3 and np.abs(pictures[0] - pictures[1]).max() > 0

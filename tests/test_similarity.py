@@ -129,14 +129,15 @@ def letters(tmp_path_factory):
     return {(item.caption.split(" in ")[1], item.caption.split()[1]): datasets.decode(item.path)[0] for item in items}
 
 
-def scene(number):
-    """A picture with colours, edges and texture, each in its own place."""
+def scene(number, size=96):
+    """A picture with colours and edges, each in its own place."""
     u = keys.uniform(("scene", number), 40)
-    picture = Image.new("RGB", (96, 96), tuple(int(255 * v) for v in u[:3]))
+    picture = Image.new("RGB", (size, size), tuple(int(255 * v) for v in u[:3]))
     draw = ImageDraw.Draw(picture)
     for k in range(6):
         x, y, r, *colour = u[3 + 6 * k : 9 + 6 * k]
-        box = [96 * x - 8 - 24 * r, 96 * y - 8 - 24 * r, 96 * x + 8 + 24 * r, 96 * y + 8 + 24 * r]
+        reach = 1 / 12 + r / 4
+        box = [size * v for v in (x - reach, y - reach, x + reach, y + reach)]
         (draw.ellipse if k % 2 else draw.rectangle)(box, fill=tuple(int(255 * v) for v in colour))
     return picture
 
@@ -149,8 +150,8 @@ def arrays(pictures, side=32):
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_edits_that_leave_a_picture_what_it_was_make_duplicates(letters, edit):
-    pictures = [scene(number) for number in range(40)]
-    if "shifted by 1" not in edit and "brighter, JPEG" not in edit:  # a third of a pixel of those that are compared
+    pictures = [scene(number, 256) for number in range(20)]
+    if "shifted by 1" not in edit and "brighter, JPEG" not in edit:  # thin lines, a third of a pixel out of place
         pictures += [picture for (_, letter), picture in letters.items() if letter in "ABGKQSW"]
     found = similarity.duplicates(arrays([EDITS[edit](picture) for picture in pictures]), arrays(pictures))
     assert np.diag(found).all()
@@ -195,19 +196,18 @@ def call(queries, works):
 
 
 def test_a_changed_training_picture_is_a_near_copy_and_unseen_ones_are_not():
-    works = arrays([scene(number) for number in range(150)])
-    edited = [saved(moved(ImageEnhance.Contrast(scene(number)).enhance(0.8), 2), 60) for number in range(30)]
-    found, _ = call(arrays(edited), works)
-    assert [one.index for one in found] == list(range(30)) and all(one.near_copy for one in found)
-    unseen, null = call(arrays([scene(number) for number in range(1000, 1200)]), works)
-    # The ratio limit is the training set's own 1 %.
-    assert sum(one.near_copy for one in unseen) <= 200 * similarity.RATIO_QUANTILE * 3
-    assert null.pairs == 128 * 149
+    works = arrays([scene(number) for number in range(80)])
+    edited = [saved(moved(ImageEnhance.Contrast(scene(number)).enhance(0.8), 2), 60) for number in range(15)]
+    unseen = [scene(number) for number in range(1000, 1060)]
+    found, null = call(arrays(edited + unseen), works)
+    assert [one.index for one in found[:15]] == list(range(15)) and all(one.near_copy for one in found[:15])
+    assert sum(one.near_copy for one in found[15:]) <= 3  # 1 of 80 is what the ratio limit aims at
+    assert null.pairs == 80 * 79
 
 
 def test_a_picture_that_was_trained_on_twenty_times_does_not_hide_itself():
     repeats = [saved(scene(0), 70 + quality) for quality in range(20)]
-    works = arrays([scene(number) for number in range(60)] + repeats)
+    works = arrays([scene(number) for number in range(30)] + repeats)
     (found,), _ = call(arrays([scene(0)]), works)
     assert found.near_copy and found.ratio < 0.3
 
