@@ -191,10 +191,8 @@ def traker(w: World) -> tuple[float, Scores]:
 
 def dattri_task(w: World) -> object:
     """The loss of an image for dattri, whose vmap takes the batch axis away."""
-    from dattri.func.utils import flatten_func
     from dattri.task import AttributionTask
 
-    @flatten_func(w.unet)
     def loss(params, image):
         x_t, eps, t = image
         return mean_loss(torch.func.functional_call(w.unet, params, (x_t, t)).sample, eps)

@@ -1,11 +1,11 @@
 """How a store grows: time and memory of open, verify, attribute and exclude over synthetic stores of ever more rows.
 
-Rows are keyed bits, k = 4096, eight curvature rows for each of them up to 2k in all, 100 creators. `attribute` is what
-remains of it once the queries' gradients are there: the scan for 32 queries, the best ten of each, the totals of the
-creators, the table. Every operation runs in a process of its own: seconds of wall time, and by how much its resident
-memory rose at its highest, mapped pages of shards included. `scan` is a second one in the same process, when hashes
-have been checked; `read` a plain copy of the same mapped rows into a small buffer; `product` the arithmetic alone, on
-rows that stay in the cache. The exponent is the slope of log seconds over log N.
+Rows are keyed bits, k = 4096, with 2k curvature rows in all and 100 creators. `attribute` is what remains of it once
+the queries' gradients are there, without standard errors: the scan for 32 queries, the best ten of each, the totals of
+the creators, the table. Every operation runs in a process of its own: seconds, and by how much its resident memory rose
+at its highest, mapped pages of shards included. `scan` is a second `attribute` in the same process, when hashes have
+been checked; `read` a plain copy of the same mapped rows into a small buffer; `product` the arithmetic alone, on rows
+that stay in the cache. The exponent is the slope of log seconds over log N.
 
     python benchmarks/scale.py --rows 10000 100000 1000000 --folder FOLDER
 """
@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -97,26 +98,16 @@ class Peak:
             self.highest = max(self.highest, self._now())
 
 
-def evict(folder: Path) -> None:
-    """Take a store's files out of the page cache."""
-    import os
-
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
-
-
-def measure(folder: Path, operation: str) -> dict[str, float]:
+def measure(folder: Path, operation: str, clock: Callable[[], float]) -> dict[str, float]:
     """Run one operation, in a process of its own."""
     made = None if operation in ("open", "verify", "exclude") else influence.open_store(folder)
-    names = [f"query {i}" for i in range(QUERIES)]
+    asked = SimpleNamespace(paths=[f"query {i}" for i in range(QUERIES)])
     method = scoring.METHODS["gauss-newton"]
     v = torch.from_numpy(rows("queries", QUERIES)).double()
 
     def attribute() -> None:
-        attribution._rank(made, method, v, names, 10, attribution._groups(made, "loss"))
+        groups = attribution._groups(made, "loss")
+        attribution._rank(made, method, v, asked, 10, groups, np.zeros(len(groups.ids)), None)
 
     def read() -> None:
         buffer = np.empty((64, DIM), np.float32)
@@ -147,13 +138,12 @@ def measure(folder: Path, operation: str) -> dict[str, float]:
     if operation == "factor":
         for kept in (folder / "derived").iterdir():
             kept.unlink()
-    if operation in ("scan", "read"):
-        for _ in made.blocks():
-            pass  # hashes are checked at the first use
+    if operation in ("scan", "read", "product"):
+        attribute()  # hashes are checked at the first use
     with Peak() as peak:
-        start = time.perf_counter()
+        start = clock()
         jobs[operation]()
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
     return {"seconds": seconds, "MB": (peak.highest - peak.before) / 1e6}
 
 
@@ -166,11 +156,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 30_000, 100_000])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to make the stores, and to leave them")
+    parser.add_argument("--busy", action="store_true", help="CPU seconds, for a machine that others use as well")
     parser.add_argument("--operation", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    clock = time.process_time if options.busy else time.perf_counter
     if options.operation:
-        print(json.dumps(measure(options.folder, options.operation)))
+        print(json.dumps(measure(options.folder, options.operation, clock)))
         return
     with tempfile.TemporaryDirectory() as temporary:
         table: dict[str, dict[int, tuple[float, float]]] = {operation: {} for operation in OPERATIONS}
@@ -180,6 +172,7 @@ def main() -> None:
                 make(folder, count)
             for operation in OPERATIONS:
                 command = [sys.executable, __file__, "--folder", str(folder), "--operation", operation]
+                command += ["--busy"] * options.busy
                 found = [
                     json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
                     for _ in range(options.rounds)

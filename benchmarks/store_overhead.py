@@ -65,6 +65,8 @@ def main() -> None:
     torch.set_num_threads(1)
     gradients: list[float] = []
     commits: list[float] = []
+    decoding: list[float] = []
+    pipeline.decode = timed(pipeline.decode, decoding, time.process_time)
     pipeline.take = timed(pipeline.take, gradients, time.process_time)
     Store.commit = timed(Store.commit, commits, time.perf_counter)  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as name:
@@ -78,6 +80,7 @@ def main() -> None:
         "MB": round(size / 1e6, 1),
         "gradient seconds": round(sum(gradients), 2),
         "store seconds": round(sum(commits), 3),
+        "decoding / gradients": round(sum(decoding) / sum(gradients), 4),
         "store / gradients": round(sum(commits) / sum(gradients), 4),
     }
     print(json.dumps(result, indent=1))

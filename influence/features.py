@@ -81,32 +81,35 @@ def features(
     part = max(batches, 1)
     phi = torch.zeros(n * part, k, device=x0.device)
     total = torch.zeros(n * part, device=x0.device)
-    psi: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    chosen = _curvature_draws(recipe, item_ids)
+    item = np.repeat(np.arange(n), np.array([len(draws) for draws in chosen], int))
+    draw = np.concatenate([np.empty(0, int), *chosen])
+    place = item * recipe.num_draws + draw  # ascending: where a curvature row belongs
+    psi = torch.empty(len(place), k, device=x0.device)
     for rows, which, curvature in forwards(recipe, item_ids):
         images = rows // part
         results = forward(network, recipe, item_ids, x0, cond, images, which, curvature)
-        index = torch.as_tensor(rows, device=x0.device)
+        index = _onto(x0.device, torch.from_numpy(rows))
         phi.index_add_(0, index, results[0].features)
         total.index_add_(0, index, results[0].values.float().unflatten(0, (len(images), -1)).sum(1))
         if curvature:
-            curved = results[1].features.cpu().numpy()
-            psi.append((curved, np.repeat(images, which.shape[1]), which.reshape(-1)))
-    curved, item, draw = (
-        [np.concatenate(column) for column in zip(*psi, strict=True)]
-        if psi
-        else [np.empty((0, k), np.float32), np.empty(0, np.int64), np.empty(0, np.int64)]
-    )
-    order = np.lexsort((draw, item))
+            here = np.searchsorted(place, (images[:, None] * recipe.num_draws + which).reshape(-1))
+            psi[_onto(x0.device, torch.from_numpy(here))] = results[1].features
     phi, total = phi.unflatten(0, (n, part)), total.unflatten(0, (n, part))
     return Features(
         phi=phi.sum(1).cpu().numpy(),
         phi_batch=(phi[:, :batches] * batches).cpu().numpy(),
         loss=total.sum(1).cpu().numpy(),
         loss_batch=(total[:, :batches] * batches).cpu().numpy(),
-        psi=curved[order],
-        psi_item=item[order].astype(np.int32),
-        psi_draw=draw[order].astype(np.int32),
+        psi=psi.cpu().numpy(),
+        psi_item=item.astype(np.int32),
+        psi_draw=draw.astype(np.int32),
     )
+
+
+def _onto(device: torch.device, tensor: Tensor) -> Tensor:
+    """The tensor on the device; a GPU copies it from pinned memory while it computes, and nobody waits."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @torch.no_grad()
@@ -147,9 +150,9 @@ def _rows(
         )
         for i, chosen in zip(images, which, strict=True)
     ]
-    t = torch.cat([t for t, _ in drawn]).to(device)
-    eps = torch.cat([eps for _, eps in drawn]).to(device)
-    index = torch.as_tensor(np.repeat(images, which.shape[1]), device=device)
+    t = _onto(device, torch.cat([t for t, _ in drawn]))
+    eps = _onto(device, torch.cat([eps for _, eps in drawn]))
+    index = _onto(device, torch.from_numpy(np.repeat(images, which.shape[1])))
     return x0[index], t, eps, None if cond is None else cond[index]
 
 
@@ -174,9 +177,7 @@ def forwards(recipe: Recipe, item_ids: Sequence[str]) -> Iterator[tuple[np.ndarr
     """
     batch = diffusion.batch_of(recipe.num_draws)
     parts = [np.flatnonzero(batch == b) for b in range(batch.max() + 1)]
-    chosen = [
-        diffusion.curvature_draws(recipe.seed, item_id, recipe.num_draws, recipe.curvature_rate) for item_id in item_ids
-    ]
+    chosen = _curvature_draws(recipe, item_ids)
     for curvature in (True, False):
         lists = [part[np.isin(part, c, invert=not curvature)] for c in chosen for part in parts]
         for count in sorted({len(draws) for draws in lists} - {0}):
@@ -188,6 +189,11 @@ def forwards(recipe: Recipe, item_ids: Sequence[str]) -> Iterator[tuple[np.ndarr
                 which = np.stack([lists[i] for i in part])
                 for start in range(0, count, recipe.batch_size):
                     yield part, which[:, start : start + recipe.batch_size], curvature
+
+
+def _curvature_draws(recipe: Recipe, item_ids: Sequence[str]) -> list[np.ndarray]:
+    """Draws of each image that give a curvature row."""
+    return [diffusion.curvature_draws(recipe.seed, i, recipe.num_draws, recipe.curvature_rate) for i in item_ids]
 
 
 def forward(
@@ -232,9 +238,9 @@ def _prepare(
     if curvature:
         probed = zip(images, which, strict=True)
         shape = tuple(x0.shape[1:])
-        xi = torch.cat([diffusion.probes(recipe.seed, item_ids[i], s, shape) for i, s in probed]).to(x0.device)
+        xi = torch.cat([diffusion.probes(recipe.seed, item_ids[i], s, shape) for i, s in probed])
         scale = (2 * diffusion.weight(schedule, t) / eps[0].numel()).sqrt()
-        outputs.append(gradients.Output(_probed, (scale, xi), 1))
+        outputs.append(gradients.Output(_probed, (scale, _onto(x0.device, xi)), 1))
     return inputs, outputs
 
 

@@ -81,7 +81,8 @@ def per_sample_gradients(
     Raises:
         GradientError: A parameter has no rule (hooks), or no gradient reached it.
     """
-    with _frozen(network), torch.autocast(inputs.x_t.device.type, dtype=torch.bfloat16, enabled=bf16):
+    device = inputs.x_t.device
+    with _frozen(network), _exact(device), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
         return ENGINES[engine](network, parameters, inputs, outputs, projection)
 
 
@@ -99,6 +100,13 @@ def _frozen(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
         for module, mode in modes:
             module.training = mode
+
+
+def _exact(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Neither TF32 nor sums without an order: a GPU gives the features of a CPU, and the same ones again."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 
 
 def _empty(outputs: Sequence[Output], inputs: Inputs, projection: Projection) -> list[Tensor]:

@@ -4,12 +4,15 @@ A snapshot is an immutable Parquet file with a commit record, `items/000000.json
 """
 
 import io
+import itertools
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import parquet
 
 from influence import commit
@@ -23,7 +26,7 @@ SCHEMA = pa.schema([*((name, pa.string()) for name in ITEM_COLUMNS), ("shard", p
 _REQUIRED = ("item_id", "file_name", "creator", "shard")
 _MAX_SHARD = 999_999
 _SHARD_BYTES = 128 << 20
-_ITEM_ID = re.compile(r"[!-~]{1,32}")
+_ITEM_ID = r"\A[!-~]{1,32}\z"
 _FILE = re.compile(r"[0-9]{6}-[0-9a-f]{32}\.parquet")
 
 
@@ -76,14 +79,20 @@ def _checked(table: pa.Table, where: str) -> pa.Table:
     for name in _REQUIRED:
         if table[name].null_count:
             raise StoreError(f"{where} has rows without {name}")
-    for item_id, shard in _assigned(table).items():
-        if not _ITEM_ID.fullmatch(item_id):
-            raise StoreError(f"{where}: {item_id!r} is no id of an image; expected 1 to 32 printable ASCII characters")
-        if not 0 <= shard <= _MAX_SHARD:
-            raise StoreError(f"{where}: image {item_id} is in shard {shard}; expected 0 to {_MAX_SHARD}")
-    if len(set(zip(*_pairs(table), strict=True))) > len(_assigned(table)):
+    ids, shard = table["item_id"], table["shard"]
+    for item_id in ids.filter(pc.invert(pc.match_substring_regex(ids, _ITEM_ID))).to_pylist()[:1]:
+        raise StoreError(f"{where}: {item_id!r} is no id of an image; expected 1 to 32 printable ASCII characters")
+    outside = table.filter(pc.or_(pc.less(shard, 0), pc.greater(shard, _MAX_SHARD)))
+    for item_id, number in zip(*_pairs(outside.slice(0, 1)), strict=True):
+        raise StoreError(f"{where}: image {item_id} is in shard {number}; expected 0 to {_MAX_SHARD}")
+    if len(_distinct(table)) > pc.count_distinct(ids).as_py():
         raise StoreError(f"{where}: an image is in more than one shard")
     return table
+
+
+def _distinct(table: pa.Table) -> pa.Table:
+    """Shard and id of each image."""
+    return table.group_by(["shard", "item_id"]).aggregate([])
 
 
 def _pairs(table: pa.Table) -> tuple[list[str], list[int]]:
@@ -97,10 +106,10 @@ def _assigned(table: pa.Table) -> dict[str, int]:
 
 def members(table: pa.Table) -> dict[int, list[str]]:
     """Ids of the images of each shard, in order."""
-    found: dict[int, list[str]] = {}
-    for item_id, shard in sorted(_assigned(table).items()):
-        found.setdefault(shard, []).append(item_id)
-    return found
+    images = _distinct(table).sort_by([("shard", "ascending"), ("item_id", "ascending")])
+    shard, ids = images["shard"].to_numpy(), images["item_id"].to_pylist()
+    bounds = [*np.flatnonzero(np.diff(shard, prepend=-1)), len(ids)]
+    return {int(shard[start]): ids[start:stop] for start, stop in itertools.pairwise(bounds)}
 
 
 def add(

@@ -15,7 +15,7 @@ from influence.errors import OptionError
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT])(iB|B)?")
 _POWERS = {letter: power for power, letter in enumerate("KMGT", 1)}
 _SHARE = 0.9  # of a budget that is planned with: a measured line is not exact
-_GROWTH = 4  # from one measured batch to the next
+_TRIED = (1, 4, 16)  # rows of the batches that are measured
 
 
 def parse_size(text: str) -> int:
@@ -53,7 +53,7 @@ def peak(work: Callable[[], Any], device: torch.device) -> int:
 
 
 def rows_within(budget: int, cost: Callable[[int], int], most: int) -> int:
-    """The largest batch that fits: a line, bytes = a + b · rows, through the last two of ever larger batches.
+    """The largest batch that fits: a line, bytes = a + b · rows, through the last two of three small batches.
 
     Args:
         budget: Bytes.
@@ -64,14 +64,14 @@ def rows_within(budget: int, cost: Callable[[int], int], most: int) -> int:
         OptionError: Not one row fits.
     """
     cost(1)  # what is loaded and kept at a first use belongs to all batches
-    fewer, before, rows, held = 0, cost(0), 1, cost(1)
-    while True:
+    fewer, before, fitting = 0, cost(0), most
+    for rows in _TRIED:
+        if rows > min(fitting, most):
+            break
+        held = cost(rows)
         slope = max((held - before) / (rows - fewer), 1.0)
         fitting = int(rows + (_SHARE * budget - held) // slope)
-        if fitting < _GROWTH * rows or _GROWTH * rows > most:
-            break
-        fewer, before, rows = rows, held, _GROWTH * rows
-        held = cost(rows)
+        fewer, before = rows, held
     if fitting < 1:
         raise OptionError(
             f"memory is {format_size(budget)} for a process, and one with one row in a batch takes "

@@ -108,6 +108,8 @@ def build(
     Raises:
         InfluenceError: An input cannot be used; one line says what was found, expected, and to do.
     """
+    if memory is not None:
+        parse_size(memory)  # a slip of the pen is told before anything is read
     options = BuildOptions(
         dataset=str(Path(dataset).absolute()),
         model=str(Path(model).absolute()),

@@ -31,7 +31,7 @@ def plan(
     message: Message = silent,
     **options: Any,
 ) -> dict[str, Any]:
-    """Say what a build in one process would cost; takes the options of `build` and writes nothing.
+    """Say what a build in one process would cost, without controls; takes the options of `build` and writes nothing.
 
     Returns:
         Images, draws, curvature rows, batch size, parameters, engine, device, and bytes on disk, bytes of memory at the
@@ -40,6 +40,8 @@ def plan(
     Raises:
         InfluenceError: An input cannot be used.
     """
+    for name in ("store", "workers", "controls", "base"):
+        options.pop(name, None)
     start = time.perf_counter()
     chosen = pipeline.BuildOptions(str(dataset), str(model), None if lora is None else str(lora), **options)
     loaded = pipeline.load(chosen, message)

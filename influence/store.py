@@ -169,11 +169,13 @@ class Store:
         """
         self._leave_out(exclusions.read(self.path / "exclusions"))
 
-    def _leave_out(self, out: exclusions.Exclusions) -> None:
-        self.exclusions = out
-        self.items: pd.DataFrame = self._table[~self.exclusions.cover(self._table)].reset_index(drop=True)
+    def _leave_out(self, exclusions: exclusions.Exclusions) -> None:
+        self.exclusions = exclusions
+        out = exclusions.cover(self._table)
+        self.items: pd.DataFrame = self._table[~out].reset_index(drop=True)
         """One row for each file that is not excluded: `ITEM_COLUMNS` and `shard`."""
-        self.excluded: set[str] = set(self._table["item_id"]) - set(self.items["item_id"])
+        gone = self._table["item_id"][out]
+        self.excluded: set[str] = set(gone[~gone.isin(self.items["item_id"])])
         """Images of which every file is excluded."""
 
     def controls(self) -> "Store | None":

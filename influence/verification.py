@@ -69,7 +69,9 @@ def verify(
             later = tables.members(table)
             changed = [shard for shard in members if later.get(shard) != members[shard]]
             members = later
-            names = table.to_pandas().groupby("item_id")["file_name"].apply(list).to_dict()
+            names = {}
+            for item_id, file_name in zip(table["item_id"].to_pylist(), table["file_name"].to_pylist(), strict=True):
+                names.setdefault(item_id, []).append(file_name)
             whole = True
             if changed:
                 raise StoreError(f"images of shard {changed[0]} are not those of the table before")

@@ -76,6 +76,7 @@ def test_build_says_what_it_assumed_and_what_it_made(world, tmp_path):
     [
         (("attribute", "x.png", "--store", "nowhere"), 1, "there is no store at nowhere"),
         (("build", "nowhere", "--model", "nowhere", "--store", "s"), 1, "there is no model folder at"),
+        (("build", "x", "--model", "m", "--store", "s", "--memory", "much"), 1, "expected a size such as 8GiB"),
         (("build", "nowhere", "--model", "m"), 2, "Missing option '--store'"),
         (("attribute", "x.png", "--store", "s", "-k", "0"), 2, "'0' is not a number above 0, nor all"),
         (("attribute", "x.png", "--store", "s", "--method", "magic"), 2, "'magic' is not one of"),

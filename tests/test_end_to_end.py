@@ -140,6 +140,15 @@ def test_batches_engines_and_workers_change_no_feature(world, built, tmp_path, o
         assert bytes_of == {p.name: p.read_bytes() for p in (built / "shards").iterdir()}
 
 
+@pytest.mark.gpu
+def test_a_store_made_on_a_gpu_holds_the_rows_of_the_cpu_and_the_same_bytes_again(world, built, tmp_path):
+    for name in "ab":
+        build(world, tmp_path / name, device="cuda")
+    same(built, tmp_path / "a")
+    first, second = ({p.name: p.read_bytes() for p in (tmp_path / name / "shards").iterdir()} for name in "ab")
+    assert first == second
+
+
 def test_names_and_order_of_files_change_no_feature(world, built, tmp_path):
     shutil.copytree(world / "data", tmp_path / "data")
     lines = (tmp_path / "data" / "metadata.csv").read_text().splitlines()
