@@ -1,0 +1,251 @@
+"""Are the p-values, intervals and shares of answers right? On a ground truth, with controls that were never trained on.
+
+    python data/emoji.py --out emoji-all --size 16 --count 1015
+    python paper/ground_truth.py emoji --pictures emoji16 --work work/emoji
+    python paper/calibration.py emoji --work work/emoji --pictures emoji-all
+    python paper/ground_truth.py letters --work work/letters
+    python paper/calibration.py letters --work work/letters
+
+Controls of `emoji` are all concepts that are in neither the data set nor the queries; those of `letters` the held-out
+characters, and the letters of designers who are not in the data set. The store and the features are kept in the work
+folder. Writes `paper/results/<truth>-calibration.md`.
+"""
+
+import argparse
+import csv
+import shutil
+import string
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+
+import influence
+from influence import attribution, keys, pipeline, significance, typefaces
+from influence.attribution import Scored
+from influence.evaluation import kept_shapley
+from influence.queries import read_queries
+
+PAPER = Path(__file__).parent
+DRAWS = 256
+MORE = 20  # times as many draws, for the value that an interval should cover
+KINDS = ("generated", "trained", "unseen")
+
+
+def say(line: str) -> None:
+    """Progress, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+# Store and controls ---------------------------------------------------------------------------------------------------
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """Of metadata.csv."""
+    with (folder / "metadata.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def controls(name: str, work: Path, pictures: Path | None) -> Path:
+    """All pictures of the same kind that are in neither the data set nor the queries."""
+    out = work / "strangers"
+    if (out / "metadata.csv").exists():
+        return out
+    if name == "emoji":
+        used = {row["concept"] for part in ("dataset", "unseen") for row in rows(work / part)}
+        chosen, source = [row for row in rows(pictures) if row["concept"] not in used], pictures
+    else:
+        trained = {row["creator"] for row in rows(work / "dataset")}
+        letters = string.ascii_uppercase + string.ascii_lowercase + string.digits
+        typefaces.render(work / "others", typefaces.installed_fonts(), letters, size=32)
+        chosen, source = [row for row in rows(work / "others") if row["creator"] not in trained], work / "others"
+        for row in rows(work / "controls"):
+            shutil.copy(work / "controls" / row["file_name"], source / row["file_name"])
+            chosen.append({key: row[key] for key in chosen[0]})
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    for row in chosen:
+        (out / row["file_name"]).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / row["file_name"], out / row["file_name"])
+    with (out / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(chosen[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(chosen)
+    return out
+
+
+def build(name: str, work: Path, pictures: Path | None) -> influence.Store:
+    """The store of the fine-tune, with its controls."""
+    base = PAPER / "truth" / name / "base"
+    adapted = name == "letters"
+    return influence.build(
+        work / "dataset", model=base if adapted else work / "model", lora=work / "model" if adapted else None,
+        store=work / "store", controls=controls(name, work, pictures), base=base, message=say,
+    )  # fmt: skip
+
+
+def queries(name: str, work: Path) -> pd.DataFrame:
+    """The queries of the truth: kind, path, caption."""
+    import json
+
+    facts = json.loads((PAPER / "truth" / name / "truth.json").read_text(encoding="utf-8"))["queries"]
+    folder = {"generated": work / "generated", "trained": work / "dataset" / "images",
+              "unseen": work / "unseen" / "images"}  # fmt: skip
+    return pd.DataFrame([
+        {"kind": query["kind"], "path": str(folder[query["kind"]] / query["file_name"]), "caption": query["caption"]}
+        for query in facts
+    ])  # fmt: skip
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+
+def strangers(scored: Scored, chosen: np.ndarray) -> tuple[float, float, int, tuple[int, int, int]]:
+    """p-values of controls against other controls: KS p, rate at 5 %, n, and its binomial bounds."""
+    p = []
+    for q in chosen:
+        values = scored.controls.of(int(q))
+        order = np.argsort(keys.uniform(("calibration", int(q)), len(values)))
+        candidates, others = order[:24], order[24:]
+        above = significance.exceedances(values[candidates], values[others])
+        p += significance.p_values(above, len(others)).tolist()
+    hits = int((np.array(p) <= 0.05).sum())
+    low, high = stats.binom.interval(0.95, len(p), 0.05)
+    return float(stats.kstest(p, "uniform").pvalue), hits / len(p), len(p), (hits, int(low), int(high))
+
+
+def members(scored: Scored, chosen: np.ndarray, adjusted: pd.DataFrame) -> dict[str, float]:
+    """p-values of training images for queries that none of them is: at 5 %, and in the middle."""
+    found = {}
+    for column in ("score", "score_adj"):
+        p = []
+        for q in chosen:
+            values = np.sort(scored.controls.of(int(q)))
+            mine = adjusted.loc[adjusted["number"] == q, column].to_numpy()
+            p += significance.p_values(significance.exceedances(mine, values), len(values)).tolist()
+        picked = np.array(p)[keys.integers(("pairs", column), 600, len(p))]
+        found |= {f"{column} at 5 %": float((np.array(p) <= 0.05).mean()),
+                  f"{column} KS p (600 pairs)": float(stats.kstest(picked, "uniform").pvalue)}  # fmt: skip
+    return found
+
+
+def permuted(scored: Scored, chosen: np.ndarray, adjusted: pd.DataFrame) -> float:
+    """Part of the queries in which no creator is credited when labels are permuted between trained and controls."""
+    sizes = scored.creators.images
+    silent = []
+    for q in chosen:
+        mine = adjusted.loc[adjusted["number"] == q, "score_adj"].to_numpy()
+        pool = np.concatenate([mine, scored.controls.of(int(q))])
+        pool = pool[np.argsort(keys.uniform(("permuted", int(q)), len(pool)))]
+        ends = np.cumsum(sizes).astype(int)
+        totals = np.array([part.sum() for part in np.split(pool[: ends[-1]], ends[:-1])])
+        nulls = significance.group_nulls(pool[ends[-1] :], sizes)
+        fdr = significance.false_discovery_rates(significance.group_p_values(totals, sizes, nulls))
+        silent.append(not (fdr <= significance.Q_VALUE).any())
+    return float(np.mean(silent))
+
+
+def coverage(made: influence.Store, asked: pd.DataFrame, scored: Scored, count: int, images: int) -> tuple[float, int]:
+    """How often 95 % intervals of scores hold the value from 20 times as many draws, of both pictures."""
+    loaded = scored.loaded
+    picked = asked.iloc[np.linspace(0, len(asked) - 1, count).round().astype(int)]
+    prompts = picked["caption"].tolist()
+    more = pipeline.with_changes(loaded.recipe, num_draws=MORE * DRAWS)
+    exact = read_queries(
+        pipeline.Loaded(loaded.denoiser, loaded.spec, more), "loss", picked["path"].tolist(), prompts,
+        lambda *_: None, say,
+    )  # fmt: skip
+    data = pipeline.read(made.source["dataset"], loaded.denoiser, None, lambda *_: None, lambda *_: None)
+    items = sorted({item.item_id: item for item in data.items}.values(), key=lambda item: item.item_id)
+    items = [items[i] for i in np.linspace(0, len(items) - 1, images).round().astype(int)]
+    train = pipeline.with_changes(loaded.recipe, role="train", num_draws=MORE * made.build["draws"], curvature_rate=0.0)
+    phi = np.concatenate([pipeline.take(loaded.denoiser, train, [item]).phi for item in items])
+    method = influence.METHODS["gauss-newton"]
+    factored = attribution.solver(made, method, 0.1)
+    num_train = float(len(made.items))
+    v = attribution.scoring.precondition(method, torch.from_numpy(exact.phi), factored, num_train).numpy()
+    values = pd.DataFrame(v @ phi.astype(float).T, index=picked["path"], columns=[item.item_id for item in items])
+    table = scored.table[scored.table["query"].isin(picked["path"]) & scored.table["item_id"].isin(values.columns)]
+    true = np.array([values.loc[row.query, row.item_id] for row in table.itertuples()])
+    inside = (table["score_low"].to_numpy() <= true) & (true <= table["score_high"].to_numpy())
+    return float(inside.mean()), len(inside)
+
+
+def distances(made: influence.Answers, name: str, asked: pd.DataFrame) -> pd.DataFrame:
+    """Total variation between the shares of each estimator and exact Shapley shares, by kind of query."""
+    ids, exact = kept_shapley(PAPER / "truth" / name)
+    shares = made.shares.merge(made.contributors[["contributor_id", "name"]], on="contributor_id")
+    kinds = dict(zip(made.queries["query_id"], asked["kind"], strict=True))
+    found = []
+    for (query, estimator), part in shares[shares["query_id"] != "ALL"].groupby(["query_id", "estimator"]):
+        mine = part.set_index("name")["share"]
+        values = pd.Series({owner: value[ids.index(query)] for owner, value in exact.items()}).clip(lower=0)
+        target = values / values.sum() if values.sum() > 0 else values
+        everyone = sorted(set(mine.index) | set(target.index))
+        gap = (mine.reindex(everyone).fillna(0) - target.reindex(everyone).fillna(0)).abs().sum() / 2
+        found.append((kinds[query], estimator, gap))
+    table = pd.DataFrame(found, columns=["kind", "estimator", "distance"])
+    return table.pivot_table(index="estimator", columns="kind", values="distance")[list(KINDS)]
+
+
+def main() -> None:
+    """Check, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("truth", choices=("emoji", "letters"))
+    parser.add_argument("--work", type=Path, required=True, help="folder that ground_truth.py made")
+    parser.add_argument("--pictures", type=Path, help="what data/emoji.py --size 16 --count 1015 made")
+    parser.add_argument("--pairs", type=int, nargs=2, default=(10, 40), help="queries and images for coverage")
+    options = parser.parse_args()
+    name, work = options.truth, options.work
+    made = build(name, work, options.pictures)
+    asked = queries(name, work)
+    prompts = asked["caption"].fillna("").tolist() if made.spec.conditional else None
+    scored = attribution.score(
+        asked["path"].tolist(), made, k=None, method="gauss-newton", damping=0.1, draws=DRAWS, prompt=prompts,
+        intervals=True, model=None, lora=None, base=None, engine="auto", batch_size=64, memory=None, device="cpu",
+        progress=lambda *_: None, message=say,
+    )  # fmt: skip
+    table = scored.table.assign(number=scored.table["query"].map({path: q for q, path in enumerate(asked["path"])}))
+    by_kind = {kind: np.flatnonzero(asked["kind"] == kind) for kind in KINDS}
+    count = len(scored.controls.item_ids)
+    lines = [f"Controls: {count}; training images: {table['item_id'].nunique()}; queries: {len(asked)}.", ""]
+
+    ks, rate, n, bounds = strangers(scored, by_kind["unseen"])
+    lines += ["| check | value |", "|---|---|"]
+    lines.append(f"| never trained on, unseen queries: KS p of p-values (n = {n}) | {ks:.3f} |")
+    lines.append(f"| … at 5 % (binomial 95 %: {bounds[1]} to {bounds[2]}) | {rate:.1%} ({bounds[0]}) |")
+    for what, value in members(scored, by_kind["unseen"], table).items():
+        lines.append(f"| trained, unseen queries: {what} | {value:.3f} |")
+    for kind in KINDS:
+        lines.append(f"| labels permuted, {kind}: nobody credited | {permuted(scored, by_kind[kind], table):.0%} |")
+    ids = np.array(scored.queries.item_ids)[by_kind["trained"]]
+    own = [table[(table["number"] == q) & (table["item_id"] == i)].iloc[0] for q, i in zip(by_kind["trained"], ids,
+                                                                                          strict=True)]  # fmt: skip
+    smallest = len(made.items) / (1 + count)
+    lines.append(
+        f"| trained queries: above all controls | {np.mean([r.p_value <= 1.5 / (1 + count) for r in own]):.0%} |"
+    )
+    lines.append(
+        f"| trained queries: the picture itself has q ≤ 0.1 (a single image can reach {smallest:.3f}) | "
+        f"{np.mean([row.q_value <= 0.1 for row in own]):.0%} |"
+    )
+    value, n = coverage(made, asked, scored, *options.pairs)
+    lines.append(f"| 95 % intervals hold the value from {MORE} × the draws (n = {n}) | {value:.1%} |")
+
+    answered = influence.answer(
+        asked["path"].tolist(), made, prompt=prompts, draws=DRAWS, k=50, truth=PAPER / "truth" / name, message=say
+    )
+    words = answered.queries.assign(kind=asked["kind"]).groupby(["kind", "verdict"]).size().unstack(fill_value=0)
+    lines += ["", "Verdicts:", "", words.to_markdown(), ""]
+    far = distances(answered, name, asked)
+    lines += ["Total variation of shares from exact Shapley shares:", "", far.round(3).to_markdown(), ""]
+    text = "\n".join(lines)
+    print(text)
+    (PAPER / "results" / f"{name}-calibration.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
