@@ -109,7 +109,7 @@ def test_a_picture_is_judged_alone(world):
     paths = sorted((world / "data").glob("*.png"))[:4]
     together = influence.near_copies(paths, world / "s")
     alone = pd.concat([influence.near_copies(path, world / "s") for path in paths], ignore_index=True)
-    pd.testing.assert_frame_equal(together, alone, rtol=1e-5)
+    pd.testing.assert_frame_equal(together, alone, rtol=1e-5, atol=2e-3)  # √(2 − 2s) magnifies rounding at s = 1
 
 
 def test_a_run_goes_on_where_it_stopped_and_another_run_is_refused(memorised, extracted, tmp_path):
