@@ -7,7 +7,7 @@
     python paper/calibration.py letters --work work/letters
 
 Controls of `emoji` are all concepts that are in neither the data set nor the queries; those of `letters` the held-out
-characters, and the letters of designers who are not in the data set. The store and the features are kept in the work
+characters, and the letters of other families. The store and the features are kept in the work
 folder. Writes `paper/results/<truth>-calibration.md`.
 """
 
@@ -15,6 +15,7 @@ import argparse
 import csv
 import shutil
 import string
+import subprocess
 import sys
 from pathlib import Path
 
@@ -32,6 +33,14 @@ from influence.queries import read_queries
 PAPER = Path(__file__).parent
 DRAWS = 256
 MORE = 20  # times as many draws, for the value that an interval should cover
+FONTS = """
+    amiri==1.2 archivo==2.1 asap==3.2 cairo==3.130 catamaran==2.0 chivo==2.2 domine==2.0 figtree==2.2 heebo==3.100
+    hind==2.1 inconsolata==3.1 inter==4.1.post1 jost==3.710 kanit==2.0 karla==2.4 lexend==1.7 libre-baskerville==2.5
+    libre-franklin==3.0 maven-pro==2.103 mulish==3.603 nunito-sans==3.101 open-sans==3.3 outfit==1.100 overpass==4.0
+    prompt==1.1 pt-sans==2.3 raleway==4.26 roboto==3.15 rubik==2.300 sarabun==1.0 signika==2.3 sora==2.0 spectral==2.5
+    tajawal==1.700 teko==2.0 titillium-web==1.2 urbanist==1.303 vollkorn==5.1 work-sans==2.12
+"""
+"""PyPI packages `fontpkg-…` of families that neither the data set nor the base model has seen."""
 KINDS = ("generated", "trained", "unseen")
 
 
@@ -49,6 +58,17 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def fonts(folder: Path) -> list[Path]:
+    """Install the font packages into a folder of their own, unless it is there; one upright file of each family."""
+    if not folder.exists():
+        packages = [f"fontpkg-{font}" for font in FONTS.split()]
+        subprocess.run([sys.executable, "-m", "pip", "install", "--no-deps", "--target", folder, *packages], check=True)
+    found: dict[Path, Path] = {}
+    for path in sorted(folder.rglob("*.ttf"), key=lambda path: ("Regular" not in path.name, "Italic" in path.name)):
+        found.setdefault(path.parent, path)
+    return sorted(found.values(), key=lambda path: path.name)
+
+
 def controls(name: str, work: Path, pictures: Path | None) -> Path:
     """All pictures of the same kind that are in neither the data set nor the queries."""
     out = work / "strangers"
@@ -60,7 +80,7 @@ def controls(name: str, work: Path, pictures: Path | None) -> Path:
     else:
         trained = {row["creator"] for row in rows(work / "dataset")}
         letters = string.ascii_uppercase + string.ascii_lowercase + string.digits
-        typefaces.render(work / "others", typefaces.installed_fonts(), letters, size=32)
+        typefaces.render(work / "others", fonts(work / "fonts"), letters, size=32)
         chosen, source = [row for row in rows(work / "others") if row["creator"] not in trained], work / "others"
         for row in rows(work / "controls"):
             shutil.copy(work / "controls" / row["file_name"], source / row["file_name"])
