@@ -239,13 +239,21 @@ def _print_table(query: str, rows: pd.DataFrame, attrs: dict[str, Any]) -> None:
     console.print(top)
     click.echo("by creator, signed sum over all images:")
     totals = Table()
-    for name in ("total", "p", "q", "images", "creator"):
+    held_out = any(entry["gap"] is not None for entry in attrs["creators"])
+    styles = ("trained less held-out works",) if held_out else ()
+    for name in ("total", "p", "q", "images", *styles, "creator"):
         totals.add_column(name, justify="left" if name == "creator" else "right", overflow="fold")
     for entry in attrs["creators"]:
         if entry["query"] == query:
             numbers = f"{entry['total']:+.4g}", _number(entry["p_value"]), _number(entry["q_value"])
-            totals.add_row(*numbers, str(entry["images"]), escape(clean(entry["creator"])))
+            gap = "" if entry["gap"] is None else "{gap:+.2g} ({gap_low:+.2g} … {gap_high:+.2g})".format(**entry)
+            shown = (gap,) if held_out else ()
+            totals.add_row(*numbers, str(entry["images"]), *shown, escape(clean(entry["creator"])))
     console.print(totals)
+    if held_out:
+        click.echo(
+            "mean score, with 95 % interval: around 0, a recognised style does not show that these works contributed"
+        )
     for entry in attrs["queries"]:
         if entry["query"] == query and entry["gain"] is not None:
             click.echo(
@@ -346,6 +354,24 @@ def exclude(store: Path, creator: str | None, item: str | None, undo: bool) -> N
     state = "included again" if undo else "excluded" if changed else "already excluded"
     images = made.items["item_id"].nunique()
     click.echo(clean(f"{store}: {creator or item} {state}; {images} images left, {len(made.excluded)} excluded"))
+
+
+@cli.command()
+@click.argument("dataset", type=click.Path(path_type=Path))
+@click.option("--holdout", "fraction", type=float, default=0.1, show_default=True, help="Part to hold out.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Key of the choice.")
+@click.option("--creator-column", help="Column that names the creator.  [default: creator]")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+def split(dataset: Path, out: Path, **options: Any) -> None:
+    """Copy DATASET into two, before a fine-tune: train for it, and controls that it never sees.
+
+    \b
+    Example:
+      influence split images/ --holdout 0.1 -o parts
+    """  # noqa: D301
+    train, controls = influence.hold_out(dataset, out, **options)
+    click.echo(f"{out / 'train'}: {train} pictures to fine-tune on")
+    click.echo(f"{out / 'controls'}: {controls} pictures held out, for influence build --controls")
 
 
 @cli.command()

@@ -24,6 +24,7 @@ from influence.export import Replayed, export, replay
 from influence.extraction import extract
 from influence.finetuning import FineTune
 from influence.gradients import ENGINES
+from influence.holdout import hold_out
 from influence.inspection import inspect
 from influence.nearcopies import duplicate_clusters, near_copies
 from influence.pipeline import DEFAULT_BATCH, build
@@ -53,6 +54,7 @@ __all__ = [  # noqa: RUF022 - grouped by what they are
     "exclude",
     "export",
     "extract",
+    "hold_out",
     "inspect",
     "near_copies",
     "open_store",

@@ -16,7 +16,7 @@ import torch
 from scipy import stats
 
 from influence import nearcopies, royalties, significance, similarity, verdicts
-from influence.attribution import Controls, Creators, Scored, score
+from influence.attribution import Controls, Creators, Scored, score, styles
 from influence.errors import OptionError
 from influence.evaluation import kept_shapley
 from influence.pipeline import DEFAULT_BATCH, Message, Progress, silent
@@ -392,36 +392,12 @@ def _attributions(
 
 
 def _styles(scored: Scored, ids: Mapping[str, str]) -> pd.DataFrame:
-    """Trained works of a creator against works of the same creator that were held out.
-
-    If held-out works score as high, a style that is recognised does not show that these works contributed.
-    """
-    rows = []
-    if scored.controls is not None:
-        held_by = np.array(scored.controls.creators, dtype=object)
-        for q, query in enumerate(scored.queries.item_ids):
-            for g, name in enumerate(scored.creators.names):
-                values = scored.controls.scores[q][held_by == name]
-                values = values[~np.isnan(values)]
-                n = scored.creators.images[g]
-                if len(values) < 2 or n < 2:
-                    continue
-                mean = scored.creators.totals[q, g] / n
-                sd = np.sqrt(max(scored.creators.squares[q, g] - n * mean**2, 0) / (n - 1))
-                test = stats.ttest_ind_from_stats(
-                    mean, sd, n, values.mean(), values.std(ddof=1), len(values), equal_var=False
-                )
-                a, b = sd**2 / n, values.var(ddof=1) / len(values)
-                dof = (a + b) ** 2 / (a**2 / (n - 1) + b**2 / (len(values) - 1)) if a + b > 0 else 1.0
-                half = stats.t.ppf((1 + significance.LEVEL) / 2, dof) * np.sqrt(a + b)
-                gap = mean - values.mean()
-                rows.append((query, ids[name], n, len(values), mean, values.mean(), gap, gap - half, gap + half,
-                             test.pvalue))  # fmt: skip
-    columns = [
-        "query_id", "contributor_id", "n_trained", "n_heldout", "mean_trained", "mean_heldout", "gap", "gap_low",
-        "gap_high", "p_gap",
-    ]  # fmt: skip
-    return pd.DataFrame(rows, columns=columns)
+    """Of all queries, with identifiers in place of names."""
+    parts = []
+    for q, query in enumerate(scored.queries.item_ids):
+        found = styles(scored.creators, scored.controls, q)
+        parts.append(found.assign(query_id=query, contributor_id=found["creator"].map(ids)))
+    return pd.concat(parts, ignore_index=True)
 
 
 def _controls(scored: Scored) -> pd.DataFrame:

@@ -72,7 +72,8 @@ def attribute(
         Columns query, rank, item_id, file_name, creator, caption; score, its standard error and 95 % interval (of draws
         alone, not of training again), leverage h, score_adj = score / (1 − h); p_value of score_adj against controls
         and q_value over all images (NaN without controls); rows by query and rank. `attrs` holds `creators` (for each
-        query and creator the signed sum of score_adj over *all* images, its p and q against groups of controls),
+        query and creator the signed sum of score_adj over *all* images, its p and q against groups of controls, and
+        what its trained works score above held-out works of the same creator),
         `queries` (losses), `method`, `damping`, `draws`, `formula`, `controls` (how many).
 
     Raises:
@@ -440,6 +441,43 @@ def _with_errors(
     return table, Creators(creators.names, creators.images, creators.totals, creators.squares, by_batch, variance)
 
 
+def styles(creators: Creators, controls: Controls | None, query: int) -> pd.DataFrame:
+    """Trained works of each creator against works of the same creator that were held out, by mean score_adj.
+
+    If held-out works score as high, a style that is recognised does not show that these works contributed.
+
+    Returns:
+        Columns creator, n_trained, n_heldout, mean_trained, mean_heldout, gap with its 95 % interval and two-sided
+        p-value (Welch, 1947); creators of whom there are two of each at least.
+    """
+    rows = []
+    held_by = np.array([] if controls is None else controls.creators, dtype=object)
+    for g, name in enumerate(creators.names):
+        values = np.empty(0) if controls is None else controls.scores[query][held_by == name]
+        values, n = values[~np.isnan(values)], float(creators.images[g])
+        if len(values) < 2 or n < 2:
+            continue
+        mean = creators.totals[query, g] / n
+        variance = max(creators.squares[query, g] - n * mean**2, 0.0) / (n - 1)
+        errors = significance.difference(variance, n, float(values.var(ddof=1)), float(len(values)))
+        gap = np.array([mean - values.mean()])
+        (low,), (high,) = errors.interval(gap)
+        p = significance.two_sided(float(gap[0]), float(errors.se[0]), float(errors.dof[0]))
+        rows.append((name, n, len(values), mean, values.mean(), gap[0], low, high, p))
+    columns = [
+        "creator",
+        "n_trained",
+        "n_heldout",
+        "mean_trained",
+        "mean_heldout",
+        "gap",
+        "gap_low",
+        "gap_high",
+        "p_gap",
+    ]
+    return pd.DataFrame(rows, columns=columns)
+
+
 # What a person reads ------------------------------------------------------------------------------------------------
 
 
@@ -450,6 +488,7 @@ def _creator_rows(queries: Sequence[str], creators: Creators, controls: Controls
         nulls = {} if controls is None else significance.group_nulls(controls.of(q), creators.images)
         p = significance.group_p_values(creators.totals[q], creators.images, nulls)
         fdr = significance.false_discovery_rates(p)
+        gaps = styles(creators, controls, q).set_index("creator")
         for g in np.lexsort((creators.names, -creators.totals[q])):
             rows.append({
                 "query": query,
@@ -458,8 +497,15 @@ def _creator_rows(queries: Sequence[str], creators: Creators, controls: Controls
                 "total": float(creators.totals[q, g]),
                 "p_value": float(p[g]),
                 "q_value": float(fdr[g]),
+                **_gap(gaps, creators.names[g]),
             })  # fmt: skip
     return rows
+
+
+def _gap(gaps: pd.DataFrame, name: str) -> dict[str, float | None]:
+    """What trained works score above held-out works of the same creator; `None` without such works."""
+    columns = ("gap", "gap_low", "gap_high")
+    return {column: float(gaps.loc[name, column]) if name in gaps.index else None for column in columns}
 
 
 def _query_rows(asked: Queries) -> list[dict[str, Any]]:

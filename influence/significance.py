@@ -130,6 +130,18 @@ def errors(*batches: Float[np.ndarray, "_ *shape"]) -> Errors:
     return Errors(np.sqrt(total), dof)
 
 
+def difference(variance: float, n: float, other_variance: float, other_n: float) -> Errors:
+    """Standard error of a difference of two means, with the degrees of freedom of Welch (1947)."""
+    a, b = variance / n, other_variance / other_n
+    dof = (a + b) ** 2 / (a**2 / (n - 1) + b**2 / (other_n - 1)) if a + b > 0 else 1.0
+    return Errors(np.array([(a + b) ** 0.5]), np.array([dof]))
+
+
+def two_sided(value: float, se: float, dof: float) -> float:
+    """p-value of a difference from 0 (Student's t)."""
+    return float(2 * stats.t.sf(abs(value) / se, dof)) if se > 0 else float(value == 0)
+
+
 def above_zero(value: float, se: float, dof: float) -> float:
     """One-sided p-value of a mean against 0 (Student's t)."""
     return float(stats.t.sf(value / se, dof)) if se > 0 else float(value <= 0)

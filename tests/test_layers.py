@@ -17,7 +17,7 @@ LAYERS = [
     ["items", "finetuning"],
     ["store", "executors", "typefaces"],
     ["verification", "figure", "contactsheet", "pipeline", "retraining"],
-    ["inspection", "queries", "planning", "nearcopies", "repair"],
+    ["inspection", "queries", "planning", "nearcopies", "repair", "holdout"],
     ["attribution"],
     ["demo", "doctor", "evaluation", "extraction"],
     ["tables"],
