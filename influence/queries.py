@@ -27,9 +27,9 @@ class Queries:
     """Hash of pixels and prompt, as for training images."""
     phi: Float32[np.ndarray, "queries k"]
     phi_batch: Float32[np.ndarray, "queries batches k"]
-    loss: Float32[np.ndarray, "queries batches"]
+    loss: Float32[np.ndarray, "queries parts"]
     """Training loss under the fine-tuned model, by batch of draws; one batch if they cannot be divided."""
-    loss_base: Float32[np.ndarray, "queries batches"] | None
+    loss_base: Float32[np.ndarray, "queries parts"] | None
     """Under the base, on the same draws; `None` if the base is not known."""
 
 
