@@ -3,7 +3,7 @@
 Every tool gets the same noised images in memory and is called as its documentation says, on one thread: `features` is
 what it makes of the training images, `scores` the queries and the scores. CPU seconds, medians over rounds in which the
 tools take turns; `ratio` is the sum of both over that of ours for the same job, with its range over the rounds. `rank
-correlation` is that of a tool's scores with those of ours, mean over queries: the projections are not the same.
+correlation` is that of a tool's scores with those of ours, mean over queries: projections and λ are not the same.
 
     python -m venv peers && peers/bin/pip install -c constraints.txt -e .
     peers/bin/pip install --no-deps -r benchmarks/peers.txt
