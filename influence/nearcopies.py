@@ -4,6 +4,7 @@ By looks alone, beside the scores and never mixed with them; see `similarity` fo
 """
 
 import functools
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -128,6 +129,8 @@ def duplicate_clusters(
 ) -> dict[str, str]:
     """Near-duplicate cluster of each training picture of a store that is not excluded.
 
+    All pairs of pictures are compared, once: the answer is kept in the store, named by the pictures' ids.
+
     Args:
         store: A store, or its folder.
         dataset: Where the data set is now, if it was moved since the store was built.
@@ -141,10 +144,16 @@ def duplicate_clusters(
     """
     made = store if isinstance(store, Store) else stores.open_store(store)
     made.refresh()
-    items = sorted(training_items(made, dataset, progress), key=lambda item: item.item_id)
-    clusters = similarity.clusters(pixels(items, compared_shape(made)))
+    ids, shape = sorted(set(made.items["item_id"])), _shape(made)
+    key = repr((ids, shape, similarity.SIDE, similarity.SHIFT, similarity.DUPLICATE))
+    name = f"clusters-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    kept = made.read_derived(name)
+    if kept is None:
+        there = {item.item_id: item for item in training_items(made, dataset, progress)}
+        kept = {"clusters": similarity.clusters(_pixels([there[item_id] for item_id in ids], shape))}
+        made.write_derived(name, kept)
     first: dict[int, str] = {}
-    return {item.item_id: first.setdefault(int(c), item.item_id) for item, c in zip(items, clusters, strict=True)}
+    return {item_id: first.setdefault(int(c), item_id) for item_id, c in zip(ids, kept["clusters"], strict=True)}
 
 
 def training_items(made: Store, dataset: Name | None, progress: Progress = silent) -> list[Item]:

@@ -193,6 +193,11 @@ def test_clusters_have_one_name_for_copies_whatever_their_captions(tmp_path):
     assert set(clusters) == set(by_name.values())
     assert clusters[by_name["a"]] == clusters[by_name["c"]] == min(by_name["a"], by_name["c"])
     assert [clusters[by_name[name]] for name in "bd"] == [by_name[name] for name in "bd"]
+    shutil.rmtree(tmp_path / "data")
+    assert influence.duplicate_clusters(tmp_path / "s") == clusters  # kept
+    influence.exclude(tmp_path / "s", item=by_name["b"])
+    with pytest.raises(influence.StoreError, match="is not there"):
+        influence.duplicate_clusters(tmp_path / "s")
 
 
 def test_a_lora_generates_with_each_caption_and_is_compared_in_pixels_and_latents(tmp_path):
