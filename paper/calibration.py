@@ -1,8 +1,8 @@
 """Are the p-values, intervals and shares of answers right? On a ground truth, with controls that were never trained on.
 
-    python data/emoji.py --out emoji-all --size 16 --count 1015
+    python data/emoji.py --out emoji216 --size 16 --count 216
     python paper/ground_truth.py emoji --pictures emoji16 --work work/emoji
-    python paper/calibration.py emoji --work work/emoji --pictures emoji-all
+    python paper/calibration.py emoji --work work/emoji --pictures emoji216
     python paper/ground_truth.py letters --work work/letters
     python paper/calibration.py letters --work work/letters
 
@@ -215,7 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("truth", choices=("emoji", "letters"))
     parser.add_argument("--work", type=Path, required=True, help="folder that ground_truth.py made")
-    parser.add_argument("--pictures", type=Path, help="what data/emoji.py --size 16 --count 1015 made")
+    parser.add_argument("--pictures", type=Path, help="what data/emoji.py --size 16 --count 216 made")
     parser.add_argument("--pairs", type=int, nargs=2, default=(10, 40), help="queries and images for coverage")
     options = parser.parse_args()
     name, work = options.truth, options.work
