@@ -144,13 +144,13 @@ def duplicate_clusters(
     """
     made = store if isinstance(store, Store) else stores.open_store(store)
     made.refresh()
-    ids, shape = sorted(set(made.items["item_id"])), _shape(made)
+    ids, shape = sorted(set(made.items["item_id"])), compared_shape(made)
     key = repr((ids, shape, similarity.SIDE, similarity.SHIFT, similarity.DUPLICATE))
     name = f"clusters-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     kept = made.read_derived(name)
     if kept is None:
         there = {item.item_id: item for item in training_items(made, dataset, progress)}
-        kept = {"clusters": similarity.clusters(_pixels([there[item_id] for item_id in ids], shape))}
+        kept = {"clusters": similarity.clusters(pixels([there[item_id] for item_id in ids], shape))}
         made.write_derived(name, kept)
     first: dict[int, str] = {}
     return {item_id: first.setdefault(int(c), item_id) for item_id, c in zip(ids, kept["clusters"], strict=True)}
