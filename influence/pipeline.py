@@ -373,6 +373,12 @@ def _build_controls(
     if not others.items:
         raise DatasetError(f"{dataset} holds no image that was not trained on; pass others as controls")
     options = replace(options, dataset=str(Path(dataset).absolute()))
+    before = made.controls()
+    if before is not None and before.source["dataset"] != options.dataset:
+        raise OptionError(
+            f"the controls of store {made.path.name} are those of {before.source['dataset']}; pass that folder again, "
+            "with more pictures if there are more, or build another --store"
+        )
     inside = _open_or_create(made.path / store.CONTROLS, loaded, options, others, 0, source)
     run_shards(inside, "loss", loaded, options, others, workers, progress, message)
 
