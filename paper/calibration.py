@@ -230,40 +230,41 @@ def main() -> None:
     table = scored.table.assign(number=scored.table["query"].map({path: q for q, path in enumerate(asked["path"])}))
     by_kind = {kind: np.flatnonzero(asked["kind"] == kind) for kind in KINDS}
     count = len(scored.controls.item_ids)
-    lines = [f"Controls: {count}; training images: {table['item_id'].nunique()}; queries: {len(asked)}.", ""]
+    lines: list[str] = []
+
+    def show(*found: str) -> None:
+        print(*found, sep="\n", flush=True)
+        lines.extend(found)
+
+    show(f"Controls: {count}; training images: {table['item_id'].nunique()}; queries: {len(asked)}.", "")
 
     ks, rate, n, bounds = strangers(scored, by_kind["unseen"])
-    lines += ["| check | value |", "|---|---|"]
-    lines.append(f"| never trained on, unseen queries: KS p of p-values (n = {n}) | {ks:.3f} |")
-    lines.append(f"| … at 5 % (binomial 95 %: {bounds[1]} to {bounds[2]}) | {rate:.1%} ({bounds[0]}) |")
+    show("| check | value |", "|---|---|")
+    show(f"| never trained on, unseen queries: KS p of p-values (n = {n}) | {ks:.3f} |")
+    show(f"| … at 5 % (binomial 95 %: {bounds[1]} to {bounds[2]}) | {rate:.1%} ({bounds[0]}) |")
     for what, value in members(scored, by_kind["unseen"], table).items():
-        lines.append(f"| trained, unseen queries: {what} | {value:.3f} |")
+        show(f"| trained, unseen queries: {what} | {value:.3f} |")
     for kind in KINDS:
-        lines.append(f"| labels permuted, {kind}: nobody credited | {permuted(scored, by_kind[kind], table):.0%} |")
+        show(f"| labels permuted, {kind}: nobody credited | {permuted(scored, by_kind[kind], table):.0%} |")
     ids = np.array(scored.queries.item_ids)[by_kind["trained"]]
     own = [table[(table["number"] == q) & (table["item_id"] == i)].iloc[0] for q, i in zip(by_kind["trained"], ids,
                                                                                           strict=True)]  # fmt: skip
     smallest = len(made.items) / (1 + count)
-    lines.append(
-        f"| trained queries: above all controls | {np.mean([r.p_value <= 1.5 / (1 + count) for r in own]):.0%} |"
-    )
-    lines.append(
+    show(f"| trained queries: above all controls | {np.mean([r.p_value <= 1.5 / (1 + count) for r in own]):.0%} |")
+    show(
         f"| trained queries: the picture itself has q ≤ 0.1 (a single image can reach {smallest:.3f}) | "
         f"{np.mean([row.q_value <= 0.1 for row in own]):.0%} |"
     )
-    value, n = coverage(made, asked, scored, *options.pairs)
-    lines.append(f"| 95 % intervals hold the value from {MORE} × the draws (n = {n}) | {value:.1%} |")
-
     answered = influence.answer(
         asked["path"].tolist(), made, prompt=prompts, draws=DRAWS, k=50, truth=PAPER / "truth" / name, message=say
     )
     words = answered.queries.assign(kind=asked["kind"]).groupby(["kind", "verdict"]).size().unstack(fill_value=0)
-    lines += ["", "Verdicts:", "", words.to_markdown(), ""]
+    show("", "Verdicts:", "", words.to_markdown(), "")
     far = distances(answered, name, asked)
-    lines += ["Total variation of shares from exact Shapley shares:", "", far.round(3).to_markdown(), ""]
-    text = "\n".join(lines)
-    print(text)
-    (PAPER / "results" / f"{name}-calibration.md").write_text(text, encoding="utf-8")
+    show("Total variation of shares from exact Shapley shares:", "", far.round(3).to_markdown(), "")
+    value, n = coverage(made, asked, scored, *options.pairs)
+    show(f"95 % intervals of scores hold the value from {MORE} × the draws in {value:.1%} of {n} pairs.", "")
+    (PAPER / "results" / f"{name}-calibration.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":
