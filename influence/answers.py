@@ -112,6 +112,11 @@ def answer(
         lora=lora, base=base, engine=engine, batch_size=batch_size, memory=memory, device=device, progress=progress,
         message=message, clusters=clusters,
     )  # fmt: skip
+    if scored.store.build.get("batches", 0) < 2 or len(scored.creators.by_batch) < 2:
+        raise OptionError(
+            "shares need intervals, and these need batches of draws; build with an even number of --draws, as 40, "
+            "and ask with one, as 256"
+        )
     for again, path in zip(pd.Series(scored.queries.item_ids).duplicated(), paths, strict=True):
         if again:
             raise OptionError(f"{path} is the same picture as one before it; give it once, with a usage of 2")

@@ -182,7 +182,7 @@ def resampled(
         moved = (by_batch - by_batch.mean(0))[drawn].mean(1) * (batches / (batches - 1)) ** 0.5
     works = images / np.maximum(images - 1, 1) * np.maximum(squares - totals**2 / images, 0)
     deviates = keys.normal(("works and draws", *key), (repeats, len(totals))).astype(float)
-    return totals + moved + deviates * np.sqrt(np.nan_to_num(train_variance) + works)
+    return totals + moved + deviates * np.sqrt(train_variance + works)
 
 
 # Money ----------------------------------------------------------------------------------------------------------------
