@@ -51,11 +51,12 @@ def _pictures(
         usage = [float(row.get("usage") or 1) for row in rows]
     except (OSError, UnicodeError, csv.Error, KeyError, TypeError, ValueError) as error:
         raise click.ClickException(f"{listed} is no CSV with a column file (and numbers in usage): {error}") from None
-    prompts = [row.get("prompt") for row in rows]
-    if prompt is None and not any(text is not None for text in prompts):
-        return [*images, *files], None, [1.0] * len(images) + usage
-    every = [prompt or ""] * len(images) + [text if text is not None else prompt or "" for text in prompts]
-    return [*images, *files], every, [1.0] * len(images) + usage
+    own = [row.get("prompt") for row in rows]
+    every = [prompt] * len(images) + [prompt if text is None else text for text in own]
+    prompts = [text for text in every if text is not None]
+    if prompts and len(prompts) < len(every):
+        raise click.UsageError(f"{len(every) - len(prompts)} pictures have no prompt, others have; give all one.")
+    return [*images, *files], prompts or None, [1.0] * len(images) + usage
 
 
 @click.command(epilog="Exit code: of the first in " + ", ".join(

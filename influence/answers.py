@@ -178,15 +178,19 @@ def _similarity_evidence(scored: Scored, looks: pd.Series) -> np.ndarray:
 # Verdicts -------------------------------------------------------------------------------------------------------------
 
 
+def _strangers(scored: Scored, q: int) -> tuple[np.ndarray, np.ndarray]:
+    """Losses of the controls other than the query itself, and the fine-tune's gains on them; empty if not known."""
+    found = scored.control_losses
+    if found is None:
+        return np.empty(0), np.empty(0)
+    others = np.array([item_id != scored.queries.item_ids[q] for item_id in found.item_ids], bool)
+    losses = found.finetuned.astype(float)
+    return losses[others], np.empty(0) if found.base is None else (found.base - losses)[others]
+
+
 def _verdict(scored: Scored, q: int, copies: pd.DataFrame) -> Verdict:
     row = scored.table.attrs["queries"][q]
-    losses = scored.control_losses
-    others = np.array([], bool)
-    if losses is not None:
-        others = np.array([item_id != scored.queries.item_ids[q] for item_id in losses.item_ids], bool)
-    gains = np.empty(0)
-    if losses is not None and losses.base is not None:
-        gains = (losses.base.astype(float) - losses.finetuned)[others]
+    losses, gains = _strangers(scored, q)
     creators = [entry["q_value"] for entry in scored.table.attrs["creators"] if entry["query"] == row["query"]]
     images = scored.table.loc[scored.table["query"] == row["query"], "q_value"]
     return verdicts.verdict(
@@ -194,7 +198,7 @@ def _verdict(scored: Scored, q: int, copies: pd.DataFrame) -> Verdict:
         loss=row["loss_finetuned"],
         gain=row["gain"],
         gain_p=row["gain_p"],
-        control_losses=losses.finetuned[others].astype(float) if losses is not None else np.empty(0),
+        control_losses=losses,
         control_gains=gains,
         creator_q=np.array(creators),
         image_q=images.to_numpy(),
@@ -334,15 +338,14 @@ def _share_table(
 
 def _queries(scored: Scored, made: Sequence[Verdict], copies: pd.DataFrame, shares: pd.DataFrame) -> pd.DataFrame:
     rows = []
-    losses = scored.control_losses
     estimator = DEFAULT_ESTIMATOR if (shares["estimator"] == DEFAULT_ESTIMATOR).any() else "group_sum"
     chosen = shares[shares["estimator"] == estimator].set_index(["query_id", "contributor_id"])["share"]
     for q, (row, found) in enumerate(zip(scored.table.attrs["queries"], made, strict=True)):
         mine = copies[copies["query"] == row["query"]]
         nearest = mine.sort_values(["near_copy", "similarity"], ascending=False).iloc[0]
         gain_null = None
-        if row["gain"] is not None and losses is not None and losses.base is not None and len(losses.base):
-            gains = losses.base.astype(float) - losses.finetuned
+        _, gains = _strangers(scored, q)
+        if row["gain"] is not None and len(gains):
             above = significance.exceedances(np.array([row["gain"]]), gains)
             gain_null = float(significance.p_values(above, len(gains))[0])
         rows.append({

@@ -313,7 +313,7 @@ def leverages(
             psi, item = torch.tensor(content.psi), torch.tensor(content.psi_item).long()
             found = curvatures.leverage(factored, phi, psi, item, float(groups.files.sum()))
         h[groups.ids.get_indexer(pd.Index(content.item_ids))] = found.numpy()
-    h = np.where(np.isnan(h), np.nanmean(h) if not np.isnan(h).all() else 0.0, h)
+    h = np.where(np.isnan(h), np.nanmean(h), h)  # images without curvature rows
     weights = np.asarray(groups.files.sum(1)).ravel()
     h = np.minimum(h * weights, curvatures.MAX_LEVERAGE)
     made.write_derived(name, {"h": h})
@@ -408,7 +408,7 @@ def _with_errors(
     """Scan again, with batches of draws: standard errors of the listed scores, and what totals vary by."""
     batches, count = parts.shape[:2]
     by_batch = np.zeros((batches, *creators.totals.shape))
-    variance = np.zeros(creators.totals.shape)
+    variance = np.zeros(creators.totals.shape) if made.build["batches"] else np.full(creators.totals.shape, np.nan)
     listed = [set(table.loc[table["number"] == q, "item_id"]) for q in range(count)]
     found: dict[tuple[int, str], tuple[float, float]] = {}
     flat, columns = parts.flatten(0, 1), np.ascontiguousarray(v.float().numpy().T)

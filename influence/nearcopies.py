@@ -222,6 +222,8 @@ def _embeddings(file: Path, trained: Sequence[str], asked: Sequence[Name]) -> tu
         raise DatasetError(
             f"{file} cannot be read ({reason}); expected a Parquet file with columns file_name and embedding"
         ) from error
+    if len(rows) < len(table):
+        raise DatasetError(f"{file} names a picture twice; expected one row for each file_name")
     if len(widths) != 1 or len(next(iter(widths))) != 1:
         raise DatasetError(f"{file} has embeddings of shapes {sorted(widths)}; expected lists of numbers, all as long")
     names = [[str(name) for name in part] for part in (trained, asked)]

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 from pyarrow import parquet
@@ -235,6 +234,10 @@ def _xlsx(name: str, table: pa.Table) -> bytes:
         import xlsxwriter
     except ImportError:
         raise OptionError("xlsx needs XlsxWriter; run pip install 'influence[xlsx]', or use another format") from None
+    texts = [field.name for field in SCHEMA[name].fields if field.type == "string"]
+    longest = max((len(text or "") for column in texts for text in table[column].to_pylist()), default=0)
+    if longest > _CELL:
+        raise OptionError(f"a text in {name} has {longest} characters, a cell {_CELL} at most; use another format")
     if table.num_rows >= _ROWS:
         raise OptionError(f"{name} has {table.num_rows} rows, a spreadsheet {_ROWS - 1} at most; use parquet or csv")
     buffer = io.BytesIO()
@@ -247,10 +250,10 @@ def _xlsx(name: str, table: pa.Table) -> bytes:
             if value is None:
                 continue
             if field.type == "string":
-                sheet.write_string(row, column, value[:_CELL])
+                sheet.write_string(row, column, value)
             elif field.type == "boolean":
                 sheet.write_boolean(row, column, value)
-            elif np.isfinite(float(value)):
+            else:
                 sheet.write_number(row, column, float(value))
     book.close()
     return buffer.getvalue()

@@ -55,7 +55,9 @@ def verdict(
     found = _explained(loss, gain, gain_p, control_losses, control_gains)
     if near_copy:
         explained = found is None or found.explained
-        return Verdict("near_copy", "it is nearly a training picture; this says nothing of influence", explained)
+        return Verdict(
+            "near_copy", "it looks nearly the same as a training picture, which says nothing of influence", explained
+        )
     if found is not None:
         return found
     if not len(control_losses):
