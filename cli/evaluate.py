@@ -19,7 +19,7 @@ _common = options_of(
     click.option("--store", required=True, type=click.Path(path_type=Path)),
     click.option("--method", "methods", multiple=True, type=click.Choice(list(influence.METHODS)),
                  default=("gauss-newton",), show_default=True, help="May be given several times."),
-    click.option("--damping", type=float, default=0.1, show_default=True, help="λ in units of tr(H)/k."),
+    click.option("--damping", type=float, help="λ in units of tr(H)/k.  [default: that of the fine-tune's steps]"),
     click.option("--draws", type=int, default=256, show_default=True, help="Draws (t, ε) of each picture's gradient."),
     click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …"),
     click.option("--json", "as_json", is_flag=True, help="Print JSON."),

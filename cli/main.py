@@ -104,6 +104,11 @@ def cli() -> None:
     type=click.Path(path_type=Path),
     help="The pipeline that all weights were fine-tuned from; a LoRA's is known.",
 )
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    help="finetune.json: its steps decide the damping.  [default: the one beside the model]",
+)
 @click.option("--plan", is_flag=True, help="Say what it would cost, from two measured batches, and write nothing.")
 @compute
 def build(
@@ -173,7 +178,7 @@ class _Count(click.ParamType):
 @click.option("--store", required=True, type=click.Path(path_type=Path))
 @click.option("-k", "k", type=_Count(), default="10", show_default=True, help="Rows for each picture, or all.")
 @click.option("--method", type=click.Choice(list(influence.METHODS)), default="gauss-newton", show_default=True)
-@click.option("--damping", type=float, default=0.1, show_default=True, help="λ in units of tr(H)/k.")
+@click.option("--damping", type=float, help="λ in units of tr(H)/k.  [default: that of the fine-tune's steps]")
 @click.option("--draws", type=int, default=256, show_default=True, help="Draws (t, ε) of each picture.")
 @click.option("--prompt", help="What the picture was made with; needed if the model reads captions.")
 @click.option("--model", type=click.Path(path_type=Path), help="Where the model is now, if it was moved.")

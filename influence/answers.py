@@ -50,7 +50,7 @@ def answer(
     *,
     k: int | None = None,
     method: str = "gauss-newton",
-    damping: float = 0.1,
+    damping: float | None = None,
     draws: int = 256,
     prompt: str | Sequence[str] | None = None,
     usage: Sequence[float] | None = None,
@@ -76,7 +76,7 @@ def answer(
         store: A store, or its folder.
         k: Rows of scores for each query; `None` for all.
         method: Name in `METHODS`.
-        damping: λ in units of tr(H)/k.
+        damping: As for `attribute`.
         draws: S of a query.
         prompt: The prompt that the pictures were made with, or one for each; needed if the model reads captions.
         usage: Weight of each picture in the statement over all; equal by default.
@@ -250,9 +250,9 @@ def _shares(
     rows: list[pd.DataFrame] = []
     whole: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {}
     for q, found in enumerate(made):
-        nulls = {} if controls is None else significance.group_nulls(controls.of(q), creators.images)
+        nulls = creators.nulls(q, controls)
         again = royalties.resampled((scored.queries.item_ids[q],), **_of_query(creators, q))
-        p = significance.group_p_values(np.vstack([creators.totals[q][None], again]), creators.images, nulls)
+        p = significance.group_p_values(np.vstack([creators.totals[q][None], again]), nulls)
         fdr = significance.false_discovery_rates(p)
         variance = _variance(creators, q)
         rho = royalties.reliability(creators.totals[q], variance)

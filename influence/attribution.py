@@ -3,13 +3,14 @@
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Float64
+from scipy import sparse
 
 from influence import curvature as curvatures
 from influence import scoring, significance
@@ -27,13 +28,17 @@ COLUMNS = [
 ]  # fmt: skip
 
 
+DAMPING = 0.1
+"""λ in units of tr(H)/k, where nothing is known of the fine-tune's steps."""
+
+
 def attribute(
     images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     store: str | os.PathLike[str] | Store,
     *,
     k: int | None = 10,
     method: str = "gauss-newton",
-    damping: float = 0.1,
+    damping: float | None = None,
     draws: int = 256,
     prompt: str | Sequence[str] | None = None,
     intervals: bool = True,
@@ -54,7 +59,8 @@ def attribute(
         store: A store, or its folder.
         k: Rows for each query; `None` for all.
         method: Name in `METHODS`.
-        damping: λ in units of tr(H)/k.
+        damping: λ in units of tr(H)/k. By default that of the fine-tune's own steps (`horizon`), for methods of its
+            curvature and if the store knows how it was trained, or else 0.1.
         draws: S of a query.
         prompt: The prompt that the pictures were made with, or one for each; needed if the model reads captions.
         intervals: Whether to give standard errors: a second scan of the store, of more bytes than the first.
@@ -72,8 +78,8 @@ def attribute(
         Columns query, rank, item_id, file_name, creator, caption; score, its standard error and 95 % interval (of draws
         alone, not of training again), leverage h, score_adj = score / (1 − h); p_value of score_adj against controls
         and q_value over all images (NaN without controls); rows by query and rank. `attrs` holds `creators` (for each
-        query and creator the signed sum of score_adj over *all* images, its p and q against groups of controls, and
-        what its trained works score above held-out works of the same creator),
+        query and creator the signed sum of score_adj over *all* images, its p and q if works and controls change
+        places, and what its trained works score above held-out works of the same creator),
         `queries` (losses), `method`, `damping`, `draws`, `formula`, `controls` (how many).
 
     Raises:
@@ -116,6 +122,22 @@ class Creators:
     """Totals with one batch of the query's draws in place of all; no batches without intervals."""
     train_variance: Float64[np.ndarray, "query creators"]
     """Variance of the totals from the training images' draws."""
+    works: Float64[np.ndarray, "query works"] | None
+    """Mean score of each work; `None` without controls, whom it is compared with."""
+    parts: sparse.csr_array
+    """`[works, creators]`: a total is Σ parts · works."""
+
+    def nulls(self, query: int, controls: "Controls | None") -> list[np.ndarray]:
+        """What each creator's total would be by chance; none without controls."""
+        if controls is None or self.works is None:
+            return []
+        strangers, columns = controls.of(query), self.parts.tocsc()
+        found = []
+        for g in range(len(self.names)):
+            mine = slice(columns.indptr[g], columns.indptr[g + 1])
+            works, parts = self.works[query, columns.indices[mine]], columns.data[mine].astype(float)
+            found.append(significance.group_null(works, parts, strangers))
+        return found
 
 
 @dataclass(frozen=True)
@@ -139,7 +161,7 @@ def score(
     *,
     k: int | None,
     method: str,
-    damping: float,
+    damping: float | None,
     draws: int,
     prompt: str | Sequence[str] | None,
     intervals: bool,
@@ -206,7 +228,7 @@ def score(
     table = table[COLUMNS]
     table.attrs = {
         "method": method,
-        "damping": damping,
+        "damping": None if factored is None else factored.damping / factored.unit,
         "draws": draws,
         "formula": chosen.formula,
         "controls": count,
@@ -260,16 +282,24 @@ def _weights(made: Store) -> pd.Series:
     return made.items["item_id"].value_counts().astype(float)
 
 
-def _derived_name(made: Store, what: str, method: scoring.Method, damping: float) -> str:
+def _damping(made: Store, method: scoring.Method, damping: float | None) -> tuple[float, bool]:
+    """The damping to use, and whether it is λ itself."""
+    if damping is None and method.curvature == "psi" and made.source.get("damping") is not None:
+        return float(made.source["damping"]), True
+    return (DAMPING if damping is None else float(damping)), False
+
+
+def _derived_name(made: Store, what: str, method: scoring.Method, damping: float | None) -> str:
     """Named by all that it depends on."""
     weights = _weights(made)
     several = sorted(weights[weights > 1].items())  # the others weigh 1 each
-    key = (made.family_hash(method.family), method.curvature, repr(float(damping)), repr(several))
+    key = (made.family_hash(method.family), method.curvature, repr(_damping(made, method, damping)), repr(several))
     return f"{what}-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.safetensors"
 
 
-def solver(made: Store, method: scoring.Method, damping: float) -> Curvature:
-    """Factor H + λI, or read it back if it was factored before."""
+def solver(made: Store, method: scoring.Method, damping: float | None) -> Curvature:
+    """Factor H + λI, or read it back if it was factored before; `damping` as for `attribute`."""
+    value, absolute = _damping(made, method, damping)
     weights = _weights(made)
     name = _derived_name(made, "curvature", method, damping)
     num_rows = made.num_rows(method.family)[method.curvature == "psi"]
@@ -288,14 +318,15 @@ def solver(made: Store, method: scoring.Method, damping: float) -> Curvature:
         psi = None
         if len(factor) != made.spec.dim or num_rows < made.spec.dim:
             psi = curvatures.stack(blocks())
-        return Curvature(factor, float(facts[0]), float(facts[1]), psi)
-    made_now = curvatures.curvature(blocks(), dim=made.spec.dim, damping=damping, num_rows=num_rows)
-    made.write_derived(name, {"factor": made_now.factor.numpy(), "facts": np.array([made_now.damping, made_now.rows])})
+        return Curvature(factor, *(float(fact) for fact in facts), psi)
+    made_now = curvatures.curvature(blocks(), dim=made.spec.dim, damping=value, num_rows=num_rows, absolute=absolute)
+    facts = np.array([made_now.damping, made_now.rows, made_now.unit])
+    made.write_derived(name, {"factor": made_now.factor.numpy(), "facts": facts})
     return made_now
 
 
 def leverages(
-    made: Store, method: scoring.Method, damping: float, factored: Curvature | None, groups: Groups
+    made: Store, method: scoring.Method, damping: float | None, factored: Curvature | None, groups: Groups
 ) -> Float64[np.ndarray, " images"]:
     """H of every image, in the order of `groups.ids`; 0 for methods without curvature, which say nothing of it."""
     if factored is None:
@@ -353,9 +384,14 @@ def _rank(
     totals, squares = np.zeros((2, count, len(groups.names)))
     strangers = [np.sort(controls.of(q)) if controls is not None else np.empty(0) for q in range(count)]
     exceeded = [np.zeros(len(row) + 1, np.int64) for row in strangers]
+    works = None if controls is None else np.zeros((count, groups.parts.shape[0]))
+    images = np.bincount(groups.work)
     blocks = ((content.item_ids, content.phi) for content in made.blocks(method.family))
     for ids, tau in scoring.scores(method, v, blocks):
-        adjusted = tau / (1 - h[groups.ids.get_indexer(pd.Index(ids))])
+        here = groups.ids.get_indexer(pd.Index(ids))
+        adjusted = tau / (1 - h[here])
+        if works is not None:
+            np.add.at(works.T, groups.work[here], (adjusted / images[groups.work[here]]).T)
         best = [scoring.top(so_far, ids, row, limit) for so_far, row in zip(best, tau, strict=True)]
         totals += scoring.group_totals(groups, ids, adjusted)
         squares += scoring.group_totals(groups, ids, adjusted**2)
@@ -380,7 +416,9 @@ def _rank(
     table["caption"] = table["caption"].astype(object).where(table["caption"].notna(), None)
     sizes = np.asarray(groups.files.sum(0)).ravel()
     none = np.empty((0, *totals.shape))
-    return table, Creators(groups.names, sizes, totals, squares, none, np.full(totals.shape, np.nan))
+    return table, Creators(
+        groups.names, sizes, totals, squares, none, np.full(totals.shape, np.nan), works, groups.parts
+    )
 
 
 def _by_batch(
@@ -438,7 +476,7 @@ def _with_errors(
     errors = significance.Errors(*(pairs.reshape(-1, 2).T))
     low, high = errors.interval(table["score"].to_numpy())
     table = table.assign(score_se=errors.se, score_low=low, score_high=high)
-    return table, Creators(creators.names, creators.images, creators.totals, creators.squares, by_batch, variance)
+    return table, replace(creators, by_batch=by_batch, train_variance=variance)
 
 
 def styles(creators: Creators, controls: Controls | None, query: int) -> pd.DataFrame:
@@ -482,11 +520,10 @@ def styles(creators: Creators, controls: Controls | None, query: int) -> pd.Data
 
 
 def _creator_rows(queries: Sequence[str], creators: Creators, controls: Controls | None) -> list[dict[str, Any]]:
-    """Totals of the creators of each query, highest first, with p and q against groups of controls."""
+    """Totals of the creators of each query, highest first, with p and q of changing places with controls."""
     rows = []
     for q, query in enumerate(queries):
-        nulls = {} if controls is None else significance.group_nulls(controls.of(q), creators.images)
-        p = significance.group_p_values(creators.totals[q], creators.images, nulls)
+        p = significance.group_p_values(creators.totals[q], creators.nulls(q, controls))
         fdr = significance.false_discovery_rates(p)
         gaps = styles(creators, controls, q).set_index("creator")
         for g in np.lexsort((creators.names, -creators.totals[q])):

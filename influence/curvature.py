@@ -1,4 +1,4 @@
-"""Damped solves (H + λI)⁻¹ v with H = (1/R) Σ_r w_r ψ_r ψ_rᵀ, λ = damping · tr(H)/k.
+"""Damped solves (H + λI)⁻¹ v with H = (1/R) Σ_r w_r ψ_r ψ_rᵀ.
 
 H is the Gauss–Newton matrix in feature space when ψ are curvature rows (Martens, 2020), and the empirical Fisher matrix
 of TRAK (Park et al., 2023) when they are the features φ themselves. R = Σ w_r. Products of float32 rows are taken in
@@ -30,18 +30,21 @@ class Curvature:
     """λ itself."""
     rows: float
     """R."""
+    unit: float
+    """tr(H)/k."""
     psi: Float32[Tensor, "rows k"] | None = None
     """Ψ in the dual, `None` in the primal."""
 
 
-def curvature(blocks: Blocks, *, dim: int, damping: float, num_rows: int) -> Curvature:
+def curvature(blocks: Blocks, *, dim: int, damping: float, num_rows: int, absolute: bool = False) -> Curvature:
     """Stream the rows once and factor.
 
     Args:
         blocks: ψ and w.
         dim: k.
-        damping: λ in units of tr(H)/k.
+        damping: λ in units of tr(H)/k, or λ itself.
         num_rows: How many rows the blocks hold: decides between primal and dual.
+        absolute: Whether `damping` is λ itself.
 
     Raises:
         OptionError: The damping is not positive, or there are no rows.
@@ -50,7 +53,7 @@ def curvature(blocks: Blocks, *, dim: int, damping: float, num_rows: int) -> Cur
         raise OptionError(f"damping is {damping}; expected a number above 0")
     if num_rows < 1:
         raise OptionError("there are no curvature rows; build the store with more, or use --method grad-dot")
-    return _dual(blocks, dim, damping) if num_rows < dim else _primal(blocks, dim, damping)
+    return (_dual if num_rows < dim else _primal)(blocks, dim, damping, absolute)
 
 
 def _weighted(blocks: Blocks) -> Iterator[tuple[np.ndarray, float]]:
@@ -61,32 +64,34 @@ def _weighted(blocks: Blocks) -> Iterator[tuple[np.ndarray, float]]:
             yield (rows if (w == 1).all() else rows * np.sqrt(w).astype(np.float32)[:, None]), float(w.sum())
 
 
-def _primal(blocks: Blocks, dim: int, damping: float) -> Curvature:
+def _primal(blocks: Blocks, dim: int, damping: float, absolute: bool) -> Curvature:
     h = np.zeros((dim, dim))
     total = 0.0
     for rows, weight in _weighted(blocks):
         h += rows.T @ rows  # numpy sees the symmetry: half the work; float32 over ≤ 2048 rows, added in float64
         total += weight
     h /= total
-    lam = damping * float(h.trace()) / dim
+    unit = float(h.trace()) / dim
+    lam = damping if absolute else damping * unit
     h[np.diag_indices(dim)] += lam
-    return Curvature(_cholesky(h, lam), lam, total)
+    return Curvature(_cholesky(h, unit, lam), lam, total, unit)
 
 
-def _dual(blocks: Blocks, dim: int, damping: float) -> Curvature:
+def _dual(blocks: Blocks, dim: int, damping: float, absolute: bool) -> Curvature:
     parts = list(_weighted(blocks))
     psi, total = np.concatenate([rows for rows, _ in parts]), sum(weight for _, weight in parts)
     m = np.zeros((len(psi), len(psi)))
     for start in range(0, dim, _BLOCK):
         columns = psi[:, start : start + _BLOCK]
         m += columns @ columns.T
-    lam = damping * float(m.trace()) / total / dim
+    unit = float(m.trace()) / total / dim
+    lam = damping if absolute else damping * unit
     m[np.diag_indices(len(psi))] += total * lam
-    return Curvature(_cholesky(m, lam), lam, total, torch.from_numpy(psi))
+    return Curvature(_cholesky(m, unit, lam), lam, total, unit, torch.from_numpy(psi))
 
 
-def _cholesky(matrix: Float64[np.ndarray, "n n"], lam: float) -> Float64[Tensor, "n n"]:
-    if not lam > 0:
+def _cholesky(matrix: Float64[np.ndarray, "n n"], unit: float, lam: float) -> Float64[Tensor, "n n"]:
+    if not unit > 0:
         raise OptionError("all curvature rows are zero: the model's prediction does not depend on the parameters")
     factor, info = torch.linalg.cholesky_ex(torch.from_numpy(matrix))
     if int(info):

@@ -25,7 +25,7 @@ def doctor(
     *,
     prompts: Sequence[str] | None = None,
     method: str = "gauss-newton",
-    damping: float = 0.1,
+    damping: float | None = None,
     draws: int = 256,
     device: str = "auto",
     progress: Progress = silent,
@@ -114,9 +114,14 @@ def doctor(
     training.initialise(loaded.denoiser.parameters, 0)
     blank = _train_features(loaded, store, picked)
     solved = None
-    if chosen.curvature:
+    if solver is not None:
         rows_of = blank.psi if chosen.curvature == "psi" else blank.phi
-        solved = curvature([(rows_of, np.ones(len(rows_of)))], dim=phi.shape[1], damping=damping, num_rows=len(rows_of))
+        solved = curvature(
+            [(rows_of, np.ones(len(rows_of)))],
+            dim=phi.shape[1],
+            damping=solver.damping / solver.unit,
+            num_rows=len(rows_of),
+        )
     random = tau(_queries(loaded, queries, store.spec.seed), blank.phi, solved)
     apart = np.ones(random.shape, dtype=bool)
     apart[np.arange(own), np.arange(own)] = False  # an image is like itself under any weights

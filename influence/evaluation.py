@@ -280,7 +280,7 @@ def evaluate_deletion(
     Args:
         truth: Where models are retrained.
         scores: τ by the name of the method.
-        limit: Queries of each kind: each costs (methods + 1) × fractions × seeds retrained models.
+        limit: Queries of each kind, spread evenly: each costs (methods + 1) × fractions × seeds retrained models.
         fractions: Shares of the images that are removed.
         seeds: Training seeds.
         controls: Random sets for each fraction; they serve all queries.
@@ -294,7 +294,7 @@ def evaluate_deletion(
         the same seed.
     """
     count = len(truth.items)
-    queries = [int(q) for _, chosen in _kinds(truth) for q in chosen[:limit]]
+    queries = [int(q) for _, chosen in _kinds(truth) for q in _spread(chosen, limit)]
     everything = [Run("all", np.ones(count, dtype=bool), seed) for seed in range(seeds)]
     ranked = scores | {"similar": similarity(truth)}
     plan: list[tuple[int | None, str, float, Run]] = []
@@ -325,6 +325,10 @@ def evaluate_deletion(
             rise = float(base[run.seed][q] - value[q])
             rows.append((q, truth.queries[q].kind, method, fraction, run.seed, rise))
     return pd.DataFrame(rows, columns=["query", "kind", "method", "fraction", "seed", "rise"])
+
+
+def _spread(chosen: np.ndarray, limit: int) -> np.ndarray:
+    return chosen[np.linspace(0, len(chosen) - 1, min(limit, len(chosen))).round().astype(int)]
 
 
 def _without(name: str, removed: np.ndarray, count: int, seed: int) -> Run:

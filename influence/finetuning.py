@@ -44,6 +44,11 @@ class FineTune:
         """Optimizer steps for that many images."""
         return math.ceil(self.epochs * images / self.batch_size)
 
+    def total_learning_rate(self, images: int) -> float:
+        """Σ η_t over the steps."""
+        steps = self.steps(images)
+        return self.learning_rate * (steps if self.learning_rate_schedule == "constant" else (steps + 1) / 2)
+
 
 def read_recipe(path: str | Path) -> FineTune:
     """Read a `finetune.json`, or the one in a folder.
@@ -58,6 +63,13 @@ def read_recipe(path: str | Path) -> FineTune:
     except (OSError, ValueError, TypeError) as error:
         names = ", ".join(field.name for field in fields(FineTune))
         raise OptionError(f"{file} is no fine-tune recipe ({error}); expected a JSON object of {names}") from None
+
+
+def find_recipe(model: str | Path, lora: str | Path | None) -> Path | None:
+    """The `finetune.json` beside a fine-tuned model or LoRA, if there is one."""
+    place = Path(model if lora is None else lora)
+    file = (place if place.is_dir() else place.parent) / RECIPE_FILE
+    return file if file.is_file() else None
 
 
 def start(base: str | Path, recipe: FineTune, *, resolution: int | None = None, device: str = "cpu") -> Denoiser:

@@ -13,10 +13,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from influence import datasets, diffusion, executors, gradients, models, shards, spec, store
+from influence import datasets, diffusion, executors, finetuning, gradients, keys, models, shards, spec, store
 from influence import items as tables
 from influence.errors import DatasetError, GradientError, OptionError
 from influence.features import Features, Recipe, features, joined
+from influence.horizon import BATCHES, ROWS, horizon_damping
 from influence.memory import parse_size, peak, rows_within
 from influence.models import Denoiser
 from influence.projection import PROJECTIONS
@@ -73,6 +74,7 @@ def build(
     workers: int = 1,
     controls: str | os.PathLike[str] | None = None,
     base: str | os.PathLike[str] | None = None,
+    recipe: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
     message: Message = silent,
 ) -> Store:
@@ -102,6 +104,8 @@ def build(
         controls: Data set of images that were never trained on, best of the same kind: scores are compared with theirs.
             Their features are kept apart, and counted nowhere else.
         base: The pipeline that all weights were fine-tuned from; that of a LoRA is known.
+        recipe: `finetune.json`, which says how the model was trained: its steps decide the damping. By default the one
+            beside the model or LoRA.
         progress: Called as work gets done.
         message: Called with assumptions, refusals and warnings, one line each.
 
@@ -138,6 +142,7 @@ def build(
     if memory is not None:
         held = COPIES * shard_bytes(loaded, options, data, curvature_budget(loaded, options, data, curvature_rows)[1])
         loaded, options = within_memory(loaded, options, memory, held, message, workers)
+    source["damping"] = _own_damping(Path(store), loaded, options, data, recipe, message)
     made = _open_or_create(Path(store), loaded, options, data, curvature_rows, source)
     run_shards(made, "loss", loaded, options, data, workers, progress, message)
     if controls is not None:
@@ -309,6 +314,38 @@ def shard_bytes(loaded: Loaded, options: BuildOptions, data: datasets.Dataset, r
     k = loaded.spec.dim
     images = tables.images_per_shard(len({item.item_id for item in data.items}), k, rate)
     return shards.size(shards.layout(images, math.ceil(images * rate), k, diffusion.num_batches(options.draws)))
+
+
+def own_recipe(options: BuildOptions, recipe: str | os.PathLike[str] | None) -> finetuning.FineTune | None:
+    """How the model was trained, if that is known."""
+    found = finetuning.find_recipe(options.model, options.lora) if recipe is None else Path(recipe)
+    return None if found is None else finetuning.read_recipe(found)
+
+
+def _own_damping(
+    path: Path,
+    loaded: Loaded,
+    options: BuildOptions,
+    data: datasets.Dataset,
+    recipe: str | os.PathLike[str] | None,
+    message: Message,
+) -> float | None:
+    """λ of the fine-tune's own steps; of a store that is there already, what it has."""
+    if (path / "store.json").exists():
+        return store.open_store(path).source.get("damping")
+    trained = own_recipe(options, recipe)
+    if trained is None:
+        message(
+            f"how the model was trained is not known: there is no {finetuning.RECIPE_FILE} beside it, and no --recipe; "
+            "scores will be damped by 0.1 tr(H)/k"
+        )
+        return None
+    rows = keys.integers(("horizon", options.seed), BATCHES * ROWS, len(data.items)).reshape(BATCHES, ROWS)
+    batches = (
+        encoded(loaded.denoiser, decode(loaded.denoiser, part), [item.caption for item in part])
+        for part in ([data.items[i] for i in numbers] for numbers in rows)
+    )
+    return horizon_damping(loaded.denoiser, trained, batches, images=len(data.items), seed=options.seed)
 
 
 def _open_or_create(

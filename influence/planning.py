@@ -9,6 +9,7 @@ import numpy as np
 
 from influence import diffusion, features, pipeline, shards
 from influence import items as tables
+from influence.horizon import BATCHES, ROWS
 from influence.memory import peak
 from influence.pipeline import Message, Progress, silent
 
@@ -40,6 +41,7 @@ def plan(
     Raises:
         InfluenceError: An input cannot be used.
     """
+    recipe_file = options.pop("recipe", None)
     for name in ("store", "workers", "controls", "base"):
         options.pop(name, None)
     start = time.perf_counter()
@@ -87,6 +89,8 @@ def plan(
         work()  # … and the second is the price
         per_row = (time.perf_counter() - start) / (shape[1] * shape[2])
         seconds += whole * per_row * sum(count * s[1] * s[2] for s, count in counts.items() if s[0] == curvature)
+        if not curvature and pipeline.own_recipe(chosen, recipe_file) is not None:
+            seconds += per_row * BATCHES * ROWS  # at least: a plain pass, without features
     psi_rows = whole * sum(count * s[1] * s[2] for s, count in counts.items() if s[0])
     layout = shards.layout(n, round(psi_rows), k, diffusion.num_batches(chosen.draws))
     return {

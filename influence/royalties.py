@@ -38,7 +38,7 @@ class Evidence:
     """Works of each."""
     totals: Float[np.ndarray, "*repeats creators"]
     q_values: Float[np.ndarray, "*repeats creators"]
-    """Of each total against groups of controls; NaN without controls."""
+    """Of each total against controls; NaN without them."""
     reliability: float = float("nan")
     """Part of the totals' variance over creators that is not error of the draws, 0 … 1."""
     similarity: Float[np.ndarray, " creators"] | None = None
@@ -97,9 +97,7 @@ class Estimator:
 
 DEFAULT_ESTIMATOR = "gated_group_sum"
 ESTIMATORS: dict[str, Estimator] = {
-    "gated_group_sum": Estimator(
-        "a_g T_g⁺ / Σ_h T_h⁺,  a_g = [q_g ≤ 0.1 against groups of controls]", _gated_group_sum
-    ),
+    "gated_group_sum": Estimator("a_g T_g⁺ / Σ_h T_h⁺,  a_g = [q_g ≤ 0.1 against controls]", _gated_group_sum),
     "group_sum": Estimator("T_g⁺ / Σ_h T_h⁺", _group_sum),
     "shrunk": Estimator("ρ T_g⁺ / Σ_h T_h⁺ + (1 − ρ) n_g / Σ_h n_h,  ρ the reliability of the totals", _shrunk),
     "shapley": Estimator("φ_g⁺ / Σ_h φ_h⁺,  φ exact, of retrained coalitions (Wang et al., 2024)", _shapley),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Float, Float32, Float64, Int
 from scipy import sparse
 from torch import Tensor
 
@@ -117,6 +117,10 @@ class Groups:
     """Groups, in order."""
     files: sparse.csr_array
     """`[images, groups]`."""
+    work: Int[np.ndarray, " images"]
+    """Number of the work that each image is; every image is its own unless near duplicates are one work."""
+    parts: sparse.csr_array
+    """`[works, groups]`: how much of each work's mean score counts for a group."""
 
 
 def groups(ids: pd.Series, names: pd.Series) -> Groups:
@@ -124,7 +128,7 @@ def groups(ids: pd.Series, names: pd.Series) -> Groups:
     image, group = pd.Categorical(ids), pd.Categorical(names)
     shape = (len(image.categories), len(group.categories))
     files = sparse.coo_array((np.ones(len(image)), (image.codes, group.codes)), shape=shape).tocsr()
-    return Groups(image.categories, list(group.categories), files)
+    return Groups(image.categories, list(group.categories), files, np.arange(shape[0]), files)
 
 
 def shared(groups: Groups, clusters: Mapping[str, str]) -> Groups:
@@ -140,9 +144,10 @@ def shared(groups: Groups, clusters: Mapping[str, str]) -> Groups:
     codes = pd.Categorical([clusters[item_id] for item_id in groups.ids]).codes
     count = len(groups.ids)
     member = sparse.coo_array((np.ones(count), (np.arange(count), codes)), shape=(count, codes.max() + 1)).tocsr()
-    together = member @ (member.T @ groups.files)  # files of the whole cluster, by group
-    images = member @ member.sum(0)
-    return Groups(groups.ids, groups.names, (sparse.diags_array(1 / images / together.sum(1)) @ together).tocsr())
+    together = member.T @ groups.files  # files of the whole cluster, by group
+    parts = (sparse.diags_array(1 / together.sum(1)) @ together).tocsr()
+    files = (member @ sparse.diags_array(1 / member.sum(0)) @ parts).tocsr()
+    return Groups(groups.ids, groups.names, files, codes.astype(np.int64), parts)
 
 
 def group_totals(

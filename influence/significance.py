@@ -5,7 +5,7 @@ on an image did no more for the query than training on a stranger would have don
 (`score / (1 − h)`, see `curvature.leverage`) and theirs can be exchanged.
 """
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ Q_VALUE = 0.1
 """False discovery rate at which a score or a creator counts as more than chance."""
 REPEATS = 1999
 _BLOCK = 1 << 22
+_ROUNDING = 1e-9
 
 
 def exceedances(scores: Float[np.ndarray, " n"], controls: Float[np.ndarray, " controls"]) -> Int64[np.ndarray, " n"]:
@@ -48,45 +49,44 @@ def q_values(counts: Int64[np.ndarray, " levels"]) -> Float[np.ndarray, " levels
     return np.minimum(np.minimum.accumulate(found[::-1])[::-1], 1.0)
 
 
-def group_null(controls: Float[np.ndarray, " controls"], size: int, repeats: int = REPEATS) -> np.ndarray:
-    """Sums `[repeats]`, in order, of the scores of `size` random controls: what a creator of so many works has by luck.
+def group_null(
+    works: Float[np.ndarray, " works"],
+    parts: Float[np.ndarray, " works"],
+    controls: Float[np.ndarray, " controls"],
+    repeats: int = REPEATS,
+) -> Float[np.ndarray, " repeats"]:
+    """What a creator's total is, in order, when his works and the controls change places at random.
 
-    Each sum is of controls drawn with replacement from controls that were themselves drawn again (a bootstrap of the
-    control set): its variance n σ² (1 + n/c) has the uncertainty of the controls' own mean, without which creators with
-    more works than there are controls would be called significant too often.
+    If his works did no more for the query than controls do, all of them can be exchanged, and the test is exact
+    whatever the distribution (Fisher, 1935): with few controls or one outlier among his works it says less, and never
+    too much. Groups of controls alone, which take the controls' distribution for known, call too many significant.
+
+    Args:
+        works: Scores of his works.
+        parts: How much of each work is his, in the total Σ parts · score.
+        controls: Scores of the controls.
+        repeats: How many times.
     """
-    count = len(controls)
-    sums = []
-    step = max(1, _BLOCK // (count + size))
+    pool = np.concatenate([works, controls])
+    sums, step = [], max(1, _BLOCK // len(pool))
     for start in range(0, repeats, step):
         rows = min(step, repeats - start)
-        again = keys.integers(("control set", count, size, start), rows * count, count).reshape(rows, count)
-        drawn = keys.integers(("control group", count, size, start), rows * size, count).reshape(rows, size)
-        sums.append(controls[np.take_along_axis(again, drawn, 1)].sum(1))
+        order = keys.uniform(("exchange", len(works), len(controls), start), rows * len(pool)).reshape(rows, -1)
+        chosen = np.argsort(order, 1)[:, : len(works)]
+        sums.append(pool[chosen] @ parts)
     return np.sort(np.concatenate(sums))
 
 
-def group_nulls(controls: Float[np.ndarray, " controls"], sizes: np.ndarray) -> dict[int, np.ndarray]:
-    """The null of each size that there is."""
-    return {size: group_null(controls, size) for size in {_whole(float(size)) for size in sizes}}
-
-
 def group_p_values(
-    totals: Float[np.ndarray, "*repeats groups"], sizes: np.ndarray, nulls: dict[int, np.ndarray]
+    totals: Float[np.ndarray, "*repeats groups"], nulls: Sequence[Float[np.ndarray, " n"]]
 ) -> Float[np.ndarray, "*repeats groups"]:
-    """P of each group's total against random groups of controls of its size; NaN without controls."""
+    """P of each creator's total by its null; NaN without controls, where there are no nulls."""
     p = np.full(totals.shape, np.nan)
-    for group, size in enumerate(sizes):
-        if _whole(float(size)) in nulls:
-            null = nulls[_whole(float(size))]
-            above = len(null) - np.searchsorted(null, totals[..., group], side="left")
-            p[..., group] = (1 + above) / (1 + len(null))
+    for group, null in enumerate(nulls):
+        slack = _ROUNDING * np.abs(null).max()  # the same works, added up in another order
+        above = len(null) - np.searchsorted(null, totals[..., group] - slack, side="left")
+        p[..., group] = (1 + above) / (1 + len(null))
     return p
-
-
-def _whole(size: float) -> int:
-    """Works of a group; a part of a work that several sent in counts as a whole one, which is on the safe side."""
-    return math.ceil(size - 1e-9)
 
 
 def false_discovery_rates(p: Float[np.ndarray, "*repeats groups"]) -> Float[np.ndarray, "*repeats groups"]:

@@ -104,7 +104,7 @@ SCHEMA: dict[str, Schema] = {
         Field("n_works", "integer", "works", "of the creator"),
         Field("group_score", "number", _SCORE, "sum of score_adj, signed, before any cut"),
         Field("group_score_se", "number", _SCORE, "its standard error, from batches of draws"),
-        Field("p_null_group", "number", "probability", "against random groups of as many controls"),
+        Field("p_null_group", "number", "probability", "of the total, when works and controls change places at random"),
         Field("q_fdr_group", "number", "probability", "Benjamini-Hochberg over creators"),
         Field("share", "number", "fraction", "sums to 1 over a query and estimator", True),
         Field("share_low", "number", "fraction", "95 % interval: draws, and works of a creator", True),

@@ -63,7 +63,9 @@ def verdict(
     if not len(control_losses):
         return Verdict("not_attributable", "without controls nothing says whether a score is more than chance")
     if (creator_q <= significance.Q_VALUE).any():
-        return Verdict("attributable", "the totals of some creators are higher than those of groups of controls")
+        return Verdict(
+            "attributable", "the totals of some creators are higher than when their works and controls change places"
+        )
     if (image_q <= significance.Q_VALUE).any():
         return Verdict("weak", "single images score higher than controls do, and no creator's total does")
     return Verdict("not_attributable", "no creator and no image scores higher than controls do")

@@ -160,9 +160,10 @@ def permuted(scored: Scored, chosen: np.ndarray, adjusted: pd.DataFrame) -> floa
         pool = np.concatenate([mine, scored.controls.of(int(q))])
         pool = pool[np.argsort(keys.uniform(("permuted", int(q)), len(pool)))]
         ends = np.cumsum(sizes).astype(int)
-        totals = np.array([part.sum() for part in np.split(pool[: ends[-1]], ends[:-1])])
-        nulls = significance.group_nulls(pool[ends[-1] :], sizes)
-        fdr = significance.false_discovery_rates(significance.group_p_values(totals, sizes, nulls))
+        parts = np.split(pool[: ends[-1]], ends[:-1])
+        nulls = [significance.group_null(part, np.ones(len(part)), pool[ends[-1] :]) for part in parts]
+        totals = np.array([part.sum() for part in parts])
+        fdr = significance.false_discovery_rates(significance.group_p_values(totals, nulls))
         silent.append(not (fdr <= significance.Q_VALUE).any())
     return float(np.mean(silent))
 
@@ -183,7 +184,7 @@ def coverage(made: influence.Store, asked: pd.DataFrame, scored: Scored, count: 
     train = pipeline.with_changes(loaded.recipe, role="train", num_draws=MORE * made.build["draws"], curvature_rate=0.0)
     phi = np.concatenate([pipeline.take(loaded.denoiser, train, [item]).phi for item in items])
     method = influence.METHODS["gauss-newton"]
-    factored = attribution.solver(made, method, 0.1)
+    factored = attribution.solver(made, method, None)
     num_train = float(len(made.items))
     v = attribution.scoring.precondition(method, torch.from_numpy(exact.phi), factored, num_train).numpy()
     values = pd.DataFrame(v @ phi.astype(float).T, index=picked["path"], columns=[item.item_id for item in items])
@@ -223,7 +224,7 @@ def main() -> None:
     asked = queries(name, work)
     prompts = asked["caption"].fillna("").tolist() if made.spec.conditional else None
     scored = attribution.score(
-        asked["path"].tolist(), made, k=None, method="gauss-newton", damping=0.1, draws=DRAWS, prompt=prompts,
+        asked["path"].tolist(), made, k=None, method="gauss-newton", damping=None, draws=DRAWS, prompt=prompts,
         intervals=True, model=None, lora=None, base=None, engine="auto", batch_size=64, memory=None, device="cpu",
         progress=lambda *_: None, message=say,
     )  # fmt: skip
@@ -246,9 +247,8 @@ def main() -> None:
         show(f"| trained, unseen queries: {what} | {value:.3f} |")
     for kind in KINDS:
         show(f"| labels permuted, {kind}: nobody credited | {permuted(scored, by_kind[kind], table):.0%} |")
-    ids = np.array(scored.queries.item_ids)[by_kind["trained"]]
-    own = [table[(table["number"] == q) & (table["item_id"] == i)].iloc[0] for q, i in zip(by_kind["trained"], ids,
-                                                                                          strict=True)]  # fmt: skip
+    names = table["file_name"].map(lambda name: Path(name).name)
+    own = [table[(table["number"] == q) & (names == Path(asked["path"][q]).name)].iloc[0] for q in by_kind["trained"]]
     smallest = len(made.items) / (1 + count)
     show(f"| trained queries: above all controls | {np.mean([r.p_value <= 1.5 / (1 + count) for r in own]):.0%} |")
     show(

@@ -4,7 +4,8 @@
 
 Features are kept in the work folder. Every method has 80 backward passes for each training image and 256 for each
 query. LDS ×100 is given at the method's own best damping on all halves (an oracle), and at the damping that is best on
-one half of the masks, scored on the other, both ways round.
+one half of the masks, scored on the other, both ways round. The default has neither: its damping is that of the
+fine-tune's own steps (`influence/horizon.py`).
 """
 
 import argparse
@@ -18,15 +19,17 @@ import torch
 from ekfac import Ekfac
 from ground_truth import PAPER, prepare
 
-from influence import diffusion, evaluation, features, gradients, metrics, models, retraining
+from influence import diffusion, evaluation, features, gradients, keys, metrics, models, retraining
 from influence.curvature import curvature, solve
 from influence.features import Recipe
 from influence.gradients import Inputs, Output
+from influence.horizon import BATCHES, ROWS, horizon_damping
 from influence.projection import PROJECTIONS, Projection
 
 DIM, DRAWS, QUERY_DRAWS = 8192, 40, 128
 DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 RHOS = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
+DEFAULT = "gauss-newton, default"
 Scores = np.ndarray
 
 
@@ -111,8 +114,10 @@ class Subject:
         )
 
 
-def preconditioned(query: np.ndarray, train: np.ndarray, rows: np.ndarray) -> dict[float, Scores]:
-    """φ_qᵀ (H + λI)⁻¹ φ_i / N with H of the rows, at every damping; H is summed once."""
+def preconditioned(
+    query: np.ndarray, train: np.ndarray, rows: np.ndarray, lam: float | None = None
+) -> dict[float, Scores]:
+    """φ_qᵀ (H + λI)⁻¹ φ_i / N with H of the rows, at every damping or at one λ; H is summed once."""
     q, t = torch.tensor(query).double(), torch.tensor(train).double()
     result = {}
     if len(rows) < DIM:
@@ -127,20 +132,28 @@ def preconditioned(query: np.ndarray, train: np.ndarray, rows: np.ndarray) -> di
         h += part.T @ part
     h /= len(rows)
     trace = float(h.trace())
-    for damping in DAMPINGS:
+    for damping in DAMPINGS if lam is None else (lam / trace * DIM,):
         damped = h.clone()
         damped.diagonal().add_(damping * trace / DIM)
         result[damping] = (torch.cholesky_solve(q.T, torch.linalg.cholesky(damped)).T @ t.T).numpy() / len(train)
     return result
 
 
-def gauss_newton(subject: Subject) -> dict[float, Scores]:
-    """The default: 40 draws, and a curvature row for each."""
+def horizon(subject: Subject) -> float:
+    """λ of the fine-tune's own steps, as a build takes it."""
+    train = subject.train
+    rows = keys.integers(("horizon", 0), BATCHES * ROWS, len(train.ids)).reshape(BATCHES, ROWS)
+    batches = ((train.x0[part], None if train.cond is None else train.cond[part]) for part in rows)
+    return horizon_damping(subject.denoiser, subject.truth.recipe, batches, images=len(train.ids), seed=0)
+
+
+def gauss_newton(subject: Subject, lam: float | None = None) -> dict[float, Scores]:
+    """40 draws, and a curvature row for each."""
     n = len(subject.train.ids)
     both = subject.kept(
         "loss-and-curvature", lambda: subject.phi(subject.train, "loss", 0, subject.sketch, float(DRAWS))
     )
-    return preconditioned(subject.mean_phi(subject.query, "loss"), both[:n], both[n:])
+    return preconditioned(subject.mean_phi(subject.query, "loss"), both[:n], both[n:], lam)
 
 
 def trak(subject: Subject) -> dict[float, Scores]:
@@ -253,6 +266,9 @@ def all_scores(subject: Subject) -> dict[str, dict[float, Scores]]:
     for name, method in {"trak": trak, "d-trak": d_trak, "das": das, "gauss-newton": gauss_newton}.items():
         kept = subject.kept(f"scores-{name}", lambda m=method: np.stack(list(m(subject).values())))
         found[name] = dict(zip(DAMPINGS, kept, strict=True))
+    lam = float(subject.kept("horizon", lambda: np.array(horizon(subject))))
+    kept = subject.kept("scores-default", lambda: next(iter(gauss_newton(subject, lam).values())))
+    found[DEFAULT] = {lam: np.asarray(kept)}
     found["ek-fac"] = ekfac(subject)
     if subject.truth.recipe.lora_rank is not None:
         found["datainf"] = datainf(subject)
@@ -263,14 +279,14 @@ READOUTS: dict[str, Callable[[Scores], Scores]] = {"raw": lambda tau: tau, "sign
 
 
 def compare(subject: Subject, out: Path) -> pd.DataFrame:
-    """The table: method, readout, kind of query; LDS at the best damping, chosen blindly, and at the default."""
+    """The table: method, readout, kind of query; LDS at the best damping, chosen blindly, and at 0.1."""
     truth = subject.truth
     runs = evaluation.half_runs(truth, 64, 2)
     by_seed = evaluation.outcomes(truth, runs, 1, lambda *_: None).reshape(64, 2, -1).transpose(1, 0, 2)
     masks = np.stack([run.members for run in runs[::2]])
     kinds = np.array([query.kind for query in truth.queries])
     outcome = by_seed.mean(0)
-    ours, rows = "gauss-newton", []
+    rows: list[list[object]] = []
     scores = all_scores(subject)
     foretold = {
         (name, readout): {d: metrics.predictions(change(tau), masks) for d, tau in dampings.items()}
@@ -286,7 +302,7 @@ def compare(subject: Subject, out: Path) -> pd.DataFrame:
             best[key] = max(each, key=each.__getitem__)
             blind = blind_choice({d: p[:, chosen] for d, p in dampings.items()}, outcome[:, chosen])
             rows.append([kind, *key, best[key], each[best[key]], blind, each.get(0.1), ceiling])
-        default = foretold[ours, "raw"][0.1][:, chosen]
+        default = next(iter(foretold[DEFAULT, "raw"].values()))[:, chosen]
         stack = np.stack([default, *(foretold[key][best[key]][:, chosen] for key in foretold)])
         repeats = metrics.bootstrap(stack, outcome[:, chosen])
         for row, column in zip(rows[-len(foretold) :], range(1, len(stack)), strict=True):

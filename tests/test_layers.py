@@ -15,7 +15,7 @@ LAYERS = [
     ["features", "commit", "memory"],
     ["datasets", "models", "shards", "exclusions", "training"],
     ["items", "finetuning"],
-    ["store", "executors", "typefaces"],
+    ["store", "executors", "typefaces", "horizon"],
     ["verification", "figure", "contactsheet", "pipeline", "retraining"],
     ["inspection", "queries", "planning", "nearcopies", "repair", "holdout"],
     ["attribution"],

@@ -35,30 +35,54 @@ def test_p_values_of_strangers_are_uniform():
 
 
 @pytest.mark.parametrize("size", [1, 10, 100])
-def test_groups_of_strangers_are_significant_as_often_as_they_should_be(size):
-    """Also with fewer controls than works, where a null that took the controls' mean for exact would fail."""
+@pytest.mark.parametrize("outlier", [False, True])
+def test_groups_of_strangers_are_significant_as_often_as_they_should_be(size, outlier):
+    """Also with fewer controls than works, or one score that dwarfs all others, wherever it falls."""
     found = []
     for _ in range(400):
-        controls = RNG.standard_t(5, size=60)
-        total = np.array([RNG.standard_t(5, size=size).sum()])
-        nulls = {size: significance.group_null(controls, size, repeats=499)}
-        found.append(significance.group_p_values(total, np.array([size]), nulls)[0])
-    low, high = stats.binom.interval(0.998, 400, 0.05)
-    assert low <= np.sum(np.array(found) <= 0.05) <= high
-    assert abs(np.mean(found) - 0.5) < 0.06
+        pool = RNG.standard_t(5, size=size + 60)
+        if outlier:
+            pool[RNG.integers(len(pool))] = 1000.0
+        works, controls = pool[:size], pool[size:]
+        null = significance.group_null(works, np.ones(size), controls, repeats=499)
+        found.append(significance.group_p_values(np.array([works.sum()]), [null])[0])
+    _, high = stats.binom.interval(0.998, 400, 0.05)
+    assert np.sum(np.array(found) <= 0.05) <= high
+    if not outlier:
+        low, _ = stats.binom.interval(0.998, 400, 0.05)
+        assert np.sum(np.array(found) <= 0.05) >= low
+        assert abs(np.mean(found) - 0.5) < 0.06
+
+
+def test_a_group_that_differs_is_found():
+    works, controls = RNG.normal(size=20) + 1.5, RNG.normal(size=100)
+    null = significance.group_null(works, np.ones(20), controls)
+    assert significance.group_p_values(np.array([works.sum()]), [null])[0] == pytest.approx(1 / 2000)
 
 
 def test_a_group_of_one_has_the_p_value_of_its_image():
     controls = RNG.normal(size=50)
     for score in (-1.0, 0.3, 2.0):
-        null = significance.group_null(controls, 1, repeats=20_000)
-        group = significance.group_p_values(np.array([score]), np.array([1]), {1: null})[0]
+        null = significance.group_null(np.array([score]), np.ones(1), controls, repeats=20_000)
+        group = significance.group_p_values(np.array([score]), [null])[0]
         single = significance.p_values(significance.exceedances(np.array([score]), controls), 50)[0]
         assert group == pytest.approx(single, abs=0.02)
 
 
+def test_a_null_has_the_moments_of_drawing_without_replacement_with_parts_of_works():
+    works, parts, controls = np.array([3.0, -1.0, 0.5]), np.array([1.0, 0.5, 2.0]), RNG.normal(size=7)
+    null = significance.group_null(works, parts, controls, repeats=40_000)
+    pool = np.concatenate([works, controls])
+    variance, n = pool.var(), len(pool)
+    cross = -variance / (n - 1)
+    expected = variance * (parts**2).sum() + cross * (parts.sum() ** 2 - (parts**2).sum())
+    assert null.mean() == pytest.approx(pool.mean() * parts.sum(), abs=0.05)
+    assert null.var() == pytest.approx(expected, rel=0.05)
+    assert (np.diff(null) >= 0).all()
+
+
 def test_without_controls_there_is_no_p_value():
-    p = significance.group_p_values(np.zeros(2), np.array([3, 4]), {})
+    p = significance.group_p_values(np.zeros(2), [])
     assert np.isnan(p).all() and np.isnan(significance.false_discovery_rates(p)).all()
 
 
