@@ -1,7 +1,8 @@
 """Whose removal hurts a picture most? Retrains without each method's top 5 % on a ground truth, and writes a table.
 
     python paper/comparison.py emoji --work work/emoji
-    python paper/deletion.py emoji --work work/emoji --workers 2
+    python paper/deletion.py emoji --work work/emoji --workers 2 --methods ek-fac trak d-trak das
+    python paper/deletion.py letters --work work/letters --workers 2
 
 Every method ranks at its own best damping (of its LDS, for that kind of query), `gauss-newton` at its default one;
 a readout that keeps the sign and the order of scores, as the signed square does, removes the same images. Retrained
@@ -10,6 +11,7 @@ models are kept in the work folder; those that `paper/truth/` holds are not retr
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +24,11 @@ from influence import evaluation
 from influence.metrics import interval
 
 OTHERS = ("ek-fac", "trak", "d-trak", "das", "datainf")
+NEAREST = ("ek-fac", "trak")  # the others that come nearest by LDS
 FRACTION = 0.05
 
 
-def chosen_scores(subject: Subject, name: str) -> dict[str, np.ndarray]:
+def chosen_scores(subject: Subject, name: str, methods: Sequence[str]) -> dict[str, np.ndarray]:
     """τ of each method: ours at the default damping, the others at their best one for the kind of query."""
     best = pd.read_csv(PAPER / "results" / f"{name}-comparison.csv").query("readout == 'raw'")
     damping = best.set_index(["method", "kind"])["best_damping"]
@@ -34,8 +37,7 @@ def chosen_scores(subject: Subject, name: str) -> dict[str, np.ndarray]:
     (default,) = found[DEFAULT].values()
     return {"gauss-newton": default} | {
         method: np.stack([found[method][float(damping[method, kind])][q] for q, kind in enumerate(kinds)])
-        for method in OTHERS
-        if method in found
+        for method in methods
     }
 
 
@@ -74,6 +76,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("truth")
     parser.add_argument("--work", type=Path, required=True, help="folder that ground_truth.py made")
+    parser.add_argument(
+        "--methods", nargs="+", choices=OTHERS, default=NEAREST, help="besides ours, likeness and chance"
+    )
     parser.add_argument("--queries", type=int, default=4, help="of each kind")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--workers", type=int, default=1)
@@ -82,7 +87,7 @@ def main() -> None:
     subject = Subject(options.truth, options.work)
     table = evaluation.evaluate_deletion(
         subject.truth,
-        chosen_scores(subject, options.truth),
+        chosen_scores(subject, options.truth, options.methods),
         limit=options.queries,
         fractions=(FRACTION,),
         seeds=options.seeds,
