@@ -1,0 +1,115 @@
+"""What each choice of the estimator is worth on a ground truth: one choice changed at a time, all else the default.
+
+    python paper/comparison.py emoji --work work/emoji
+    python paper/ablations.py emoji --work work/emoji
+
+Works on the features that comparison.py kept. A sketch of k/2 entries is the sum of the halves of one of k, since its
+buckets are (j + o) mod k. λ is the default's, in the same unit, in every line but those on damping.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from comparison import DIM, DRAWS, Side, Subject, horizon
+from ground_truth import PAPER
+
+from influence import diffusion, evaluation, keys, metrics
+from influence.curvature import curvature, solve
+from influence.gradients import Inputs, Output
+
+Line = tuple[str, str, np.ndarray]
+
+
+def folded(rows: np.ndarray, dim: int) -> np.ndarray:
+    """The sketch of fewer entries, of the same vectors."""
+    return np.asarray(rows).reshape(len(rows), -1, dim).sum(1)
+
+
+def scores(query: np.ndarray, train: np.ndarray, psi: np.ndarray, lam: float) -> np.ndarray:
+    """φ_qᵀ (H + λI)⁻¹ φ_i / N."""
+    blocks = [
+        (psi[first : first + 2000], np.ones(len(psi[first : first + 2000]))) for first in range(0, len(psi), 2000)
+    ]
+    factored = curvature(blocks, dim=train.shape[1], damping=lam, num_rows=len(psi), absolute=True)
+    return solve(factored, torch.tensor(query)).numpy() @ train.T.astype(np.float64) / len(train)
+
+
+def independent(subject: Subject, side: Side, draws: int) -> np.ndarray:
+    """φ of draws that are neither stratified nor antithetic."""
+    schedule, shape = subject.denoiser.schedule, tuple(side.x0.shape[1:])
+    rows = []
+    for image, item in enumerate(side.ids):
+        u = keys.uniform(("independent", side.role, item, "t"), draws)
+        t = torch.from_numpy(u * schedule.num_timesteps).long()
+        eps = torch.from_numpy(keys.normal(("independent", side.role, item, "eps"), (draws, *shape)))
+        clean = side.x0[image : image + 1].expand_as(eps)
+        cond = None if side.cond is None else side.cond[image : image + 1].expand(draws, -1, -1)
+        inputs = Inputs(diffusion.noised(schedule, clean, t, eps), t, cond)
+        output = Output(
+            lambda prediction, y, w: w * (prediction - y).flatten(1).square().mean(1) / draws,
+            (diffusion.target(schedule, clean, t, eps), diffusion.weight(schedule, t)),
+            draws,
+        )
+        rows.append(subject.projected(inputs, output, subject.sketch)[0].numpy())
+    return np.stack(rows)
+
+
+def lines(subject: Subject) -> Iterator[Line]:
+    """What is changed, to what, and the scores."""
+    n, draws = len(subject.train.ids), DRAWS
+    both = np.load(subject.folder / "loss-and-curvature.npy", mmap_mode="r")
+    train, psi = np.asarray(both[:n]), np.asarray(both[n:])
+    item = np.repeat(np.arange(n), draws)
+    if len(psi) != len(item):
+        raise SystemExit(f"there are {len(psi)} curvature rows; expected {draws} for each of {n} images")
+    query = [np.load(subject.folder / f"loss-query-{seed}.npy") for seed in (0, 1)]
+    mean = (query[0] + query[1]) / 2
+    lam = float(subject.kept("horizon", lambda: np.array(horizon(subject))))
+    unit = float((psi.astype(np.float64) ** 2).sum() / len(psi)) / DIM
+    yield "default", f"k = {DIM}, {len(psi)} rows, λ = {lam / unit:.2g} tr(H)/k", scores(mean, train, psi, lam)
+    for dim in (DIM // 2, DIM // 4, DIM // 8):
+        yield "k", str(dim), scores(folded(mean, dim), folded(train, dim), folded(psi, dim), lam)
+    for every in (2, 4, 10, 40):
+        kept = psi[np.arange(len(psi)) % draws % every == (item % every)]
+        yield "curvature rows of an image", str(draws // every), scores(mean, train, kept, lam)
+    averaged = psi.reshape(n, draws, -1).mean(1) * draws**0.5
+    yield "curvature rows of an image", f"{draws} averaged into 1", scores(mean, train, averaged, lam)
+    for times in (0.1, 0.3, 3.0, 10.0):
+        yield "λ", f"{times:g} × the default", scores(mean, train, psi, times * lam)
+    more = (np.load(subject.folder / "loss-train-0.npy") + np.load(subject.folder / "loss-train-1.npy")) / 2
+    yield "draws of an image", str(2 * draws), scores(mean, more, psi, lam)
+    yield "draws of a query", "128", scores(query[0], train, psi, lam)
+    plain = subject.kept("independent-query", lambda: independent(subject, subject.query, subject.query.draws))
+    yield "draws of a query", "128, not stratified, not antithetic", scores(np.asarray(plain), train, psi, lam)
+    plain = subject.kept("independent-train", lambda: independent(subject, subject.train, draws))
+    yield "draws of an image", f"{draws}, not stratified, not antithetic", scores(mean, np.asarray(plain), psi, lam)
+
+
+def main() -> None:
+    """Print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("truth")
+    parser.add_argument("--work", type=Path, required=True, help="folder that ground_truth.py made")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    subject = Subject(options.truth, options.work)
+    truth = subject.truth
+    runs = evaluation.half_runs(truth, 64, 2)
+    outcome = evaluation.outcomes(truth, runs, 1, lambda *_: None).reshape(64, 2, -1).mean(1)
+    masks = np.stack([run.members for run in runs[::2]])
+    kinds = np.array([query.kind for query in truth.queries])
+    named = list(dict.fromkeys(kinds))
+    text = ["| changed | to | " + " | ".join(named) + " |", "|" + "---|" * (2 + len(named))]
+    print(*text, sep="\n", flush=True)
+    for what, value, tau in lines(subject):
+        each = metrics.correlations(metrics.predictions(tau, masks), outcome)
+        text.append(f"| {what} | {value} | " + " | ".join(f"{100 * each[kinds == k].mean():.1f}" for k in named) + " |")
+        print(text[-1], flush=True)
+    (PAPER / "results" / f"{options.truth}-ablations.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
