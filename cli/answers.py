@@ -19,7 +19,8 @@ EXIT_CODES = {"attributable": 0, "near_copy": 10, "not_from_model": 11, "not_att
 _LISTED = 50
 
 _query = options_of(
-    click.option("--store", required=True, type=click.Path(path_type=Path)),
+    click.option("--store", required=True, multiple=True, type=click.Path(path_type=Path),
+                 help="Several, of models retrained on the same data set: intervals then cover training again."),
     click.option("--prompt", help="What the pictures were made with; needed if the model reads captions."),
     click.option("--list", "listed", type=click.Path(path_type=Path),
                  help="CSV of more pictures: columns file and, if wanted, prompt and usage (weight in the statement)."),
@@ -117,7 +118,12 @@ def _print(made: influence.Answers) -> None:
 @click.option("--truth", type=click.Path(path_type=Path), help="Truth of influence evaluate shapley: exact values.")
 @click.option("-k", "k", type=int, help="Rows of scores for each picture.  [default: all]")
 def export(
-    images: tuple[Path, ...], listed: Path | None, prompt: str | None, store: Path, out: Path, **options: Any
+    images: tuple[Path, ...],
+    listed: Path | None,
+    prompt: str | None,
+    store: tuple[Path, ...],
+    out: Path,
+    **options: Any,
 ) -> None:
     """Write tables on pictures for research on royalties: scores, shares, controls, and all that they rest on.
 
@@ -135,7 +141,9 @@ def export(
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
-@click.option("--store", type=click.Path(path_type=Path), help="Where the store is now, if it was moved.")
+@click.option(
+    "--store", multiple=True, type=click.Path(path_type=Path), help="Where the store is now, if it was moved."
+)
 @click.option("--dataset", type=click.Path(path_type=Path), help="Where the data set is now, if it was moved.")
 @click.option("--model", type=click.Path(path_type=Path), help="Where the model is now, if it was moved.")
 @click.option("--lora", type=click.Path(path_type=Path), help="Where the LoRA is now, if it was moved.")
@@ -146,7 +154,10 @@ def replay(run: Path, out: Path, **changes: Any) -> None:
     Example:
       influence replay tables/run.json -o again
     """  # noqa: D301
+    moved = [str(path) for path in changes.pop("store")]
     changes = {name: str(value) for name, value in changes.items() if value is not None}
+    if moved:
+        changes["store"] = moved
     with progress() as show:
         made = influence.replay(run, out, progress=show, message=say, **changes)
     for name, how in made.changed.items():

@@ -175,7 +175,13 @@ class _Count(click.ParamType):
 
 @cli.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--store", required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--store",
+    required=True,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Several, of models retrained on the same data set, give means.",
+)
 @click.option("-k", "k", type=_Count(), default="10", show_default=True, help="Rows for each picture, or all.")
 @click.option("--method", type=click.Choice(list(influence.METHODS)), default="gauss-newton", show_default=True)
 @click.option("--damping", type=float, help="λ in units of tr(H)/k.  [default: that of the fine-tune's steps]")
@@ -189,7 +195,7 @@ class _Count(click.ParamType):
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @compute
 def attribute(
-    images: tuple[Path, ...], store: Path, k: int, output: Path | None, as_json: bool, **options: Any
+    images: tuple[Path, ...], store: tuple[Path, ...], k: int, output: Path | None, as_json: bool, **options: Any
 ) -> None:
     """Name the training images that most lowered the denoising loss of each picture.
 

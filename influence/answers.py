@@ -16,11 +16,12 @@ import torch
 from scipy import stats
 
 from influence import nearcopies, royalties, significance, similarity, verdicts
-from influence.attribution import Controls, Creators, Scored, score, styles
+from influence.attribution import Stores, score
 from influence.errors import OptionError
 from influence.evaluation import kept_shapley
 from influence.pipeline import DEFAULT_BATCH, Message, Progress, silent
 from influence.royalties import BASE_MODEL, DEFAULT_ESTIMATOR, ESTIMATORS, UNATTRIBUTED, Evidence
+from influence.scored import Controls, Creators, Scored, styles
 from influence.store import Store
 from influence.verdicts import Verdict
 
@@ -46,7 +47,7 @@ class Answers:
 
 def answer(
     images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    store: str | os.PathLike[str] | Store,
+    store: Stores,
     *,
     k: int | None = None,
     method: str = "gauss-newton",
@@ -73,7 +74,7 @@ def answer(
 
     Args:
         images: One picture file, or several.
-        store: A store, or its folder.
+        store: A store, or several, as for `attribute`.
         k: Rows of scores for each query; `None` for all.
         method: Name in `METHODS`.
         damping: As for `attribute`.
@@ -106,7 +107,8 @@ def answer(
         raise OptionError(f"{found}; expected a finite one from 0 up for each, not all 0")
     if len(set(paths)) < len(paths):
         raise OptionError("a picture is given twice; give it once, with a usage of 2")
-    clusters = nearcopies.duplicate_clusters(store, dataset=dataset, progress=progress)
+    one = store if isinstance(store, (str, os.PathLike, Store)) else store[0]
+    clusters = nearcopies.duplicate_clusters(one, dataset=dataset, progress=progress)
     scored = score(
         paths, store, k=k, method=method, damping=damping, draws=draws, prompt=prompt, intervals=True, model=model,
         lora=lora, base=base, engine=engine, batch_size=batch_size, memory=memory, device=device, progress=progress,
@@ -137,7 +139,7 @@ def answer(
         items=_items(scored, clusters, ids),
         contributors=_contributors(scored, ids),
         facts={
-            name: scored.table.attrs[name] for name in ("method", "formula", "damping", "draws", "controls")
+            name: scored.table.attrs[name] for name in ("method", "formula", "damping", "draws", "controls", "models")
         } | {"usage": weights.tolist()},
     )  # fmt: skip
 

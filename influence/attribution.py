@@ -3,38 +3,34 @@
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Float64
-from scipy import sparse
+from jaxtyping import Float64
 
 from influence import curvature as curvatures
 from influence import scoring, significance
 from influence import store as stores
 from influence.curvature import Curvature
+from influence.ensemble import combined
 from influence.errors import OptionError, StoreError
-from influence.pipeline import DEFAULT_BATCH, Loaded, Message, Progress, load_for, read, run_shards, silent
-from influence.queries import ControlLosses, Queries, control_losses, load_base, read_queries
+from influence.pipeline import DEFAULT_BATCH, Message, Progress, load_for, read, run_shards, silent
+from influence.queries import Queries, control_losses, load_base, read_queries
+from influence.scored import COLUMNS, Controls, Creators, Scored, creator_rows, query_rows
 from influence.scoring import METHODS, Groups
 from influence.store import Store
 
-COLUMNS = [
-    "query", "rank", "item_id", "file_name", "creator", "caption", "score", "score_se", "score_low", "score_high",
-    "leverage", "score_adj", "p_value", "q_value",
-]  # fmt: skip
-
-
+Stores = str | os.PathLike[str] | Store | Sequence[str | os.PathLike[str] | Store]
 DAMPING = 0.1
 """λ in units of tr(H)/k, where nothing is known of the fine-tune's steps."""
 
 
 def attribute(
     images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    store: str | os.PathLike[str] | Store,
+    store: Stores,
     *,
     k: int | None = 10,
     method: str = "gauss-newton",
@@ -56,7 +52,8 @@ def attribute(
 
     Args:
         images: One picture file, or several.
-        store: A store, or its folder.
+        store: A store, or its folder; or several of the same data set, of models that were retrained or checkpoints:
+            scores are then means, and intervals cover that training again gives another model.
         k: Rows for each query; `None` for all.
         method: Name in `METHODS`.
         damping: λ in units of tr(H)/k. By default that of the fine-tune's own steps (`horizon`), for methods of its
@@ -94,68 +91,33 @@ def attribute(
     ).table  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Scored:
-    """Scores of pictures, with all that answers are made of."""
-
-    store: Store
-    loaded: Loaded
-    queries: Queries
-    table: pd.DataFrame
-    """As `attribute` returns it."""
-    creators: "Creators"
-    controls: "Controls | None"
-    control_losses: ControlLosses | None
-
-
-@dataclass(frozen=True)
-class Creators:
-    """Sums over the images of each creator, of leave-one-out-corrected scores."""
-
-    names: list[str]
-    images: Float64[np.ndarray, " creators"]
-    """Files; if there are clusters, works without near duplicates, and their part of a work that several sent in."""
-    totals: Float64[np.ndarray, "query creators"]
-    squares: Float64[np.ndarray, "query creators"]
-    """Sums of squared scores."""
-    by_batch: Float64[np.ndarray, "batches query creators"]
-    """Totals with one batch of the query's draws in place of all; no batches without intervals."""
-    train_variance: Float64[np.ndarray, "query creators"]
-    """Variance of the totals from the training images' draws."""
-    works: Float64[np.ndarray, "query works"] | None
-    """Mean score of each work; `None` without controls, whom it is compared with."""
-    parts: sparse.csr_array
-    """`[works, creators]`: a total is Σ parts · works."""
-
-    def nulls(self, query: int, controls: "Controls | None") -> list[np.ndarray]:
-        """What each creator's total would be by chance; none without controls."""
-        if controls is None or self.works is None:
-            return []
-        strangers, columns = controls.of(query), self.parts.tocsc()
-        found = []
-        for g in range(len(self.names)):
-            mine = slice(columns.indptr[g], columns.indptr[g + 1])
-            works, parts = self.works[query, columns.indices[mine]], columns.data[mine].astype(float)
-            found.append(significance.group_null(works, parts, strangers))
-        return found
-
-
-@dataclass(frozen=True)
-class Controls:
-    """Images that were never trained on."""
-
-    item_ids: list[str]
-    creators: list[str]
-    scores: Float64[np.ndarray, "query controls"]
-    """NaN where the control is the query itself."""
-
-    def of(self, query: int) -> Float[np.ndarray, " controls"]:
-        """Scores for one query, without itself."""
-        row = self.scores[query]
-        return row[~np.isnan(row)]
-
-
 def score(
+    images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    store: Stores,
+    *,
+    k: int | None,
+    intervals: bool,
+    model: str | os.PathLike[str] | None,
+    lora: str | os.PathLike[str] | None,
+    **options: Any,
+) -> Scored:
+    """Score pictures with a store, or with several; arguments as for `attribute`, and `clusters` as for `score_one`.
+
+    Raises:
+        InfluenceError: As for `attribute`.
+    """
+    given = [store] if isinstance(store, (str, os.PathLike, Store)) else list(store)
+    if not given:
+        raise OptionError("there is no store; give one, or several of the same data set")
+    where = {"intervals": intervals, "model": model, "lora": lora}
+    if len(given) == 1:
+        return score_one(images, given[0], k=k, **where, **options)
+    if model is not None or lora is not None:
+        raise OptionError("with several stores there are several models; put them where they were, or ask one store")
+    return combined([score_one(images, one, k=None, **where, **options) for one in given], k)
+
+
+def score_one(
     images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     store: str | os.PathLike[str] | Store,
     *,
@@ -176,7 +138,7 @@ def score(
     message: Message,
     clusters: Mapping[str, str] | None = None,
 ) -> Scored:
-    """Score pictures; arguments as for `attribute`.
+    """Score pictures with one store; arguments as for `attribute`.
 
     `clusters` names the near-duplicate cluster of each image: totals then count each cluster as one work.
 
@@ -232,8 +194,9 @@ def score(
         "draws": draws,
         "formula": chosen.formula,
         "controls": count,
-        "creators": _creator_rows(asked.paths, creators, compared),
-        "queries": _query_rows(asked),
+        "models": 1,
+        "creators": creator_rows(asked.paths, creators, compared),
+        "queries": query_rows(asked),
     }
     losses = None if controls is None else control_losses(controls, loaded, before, progress, message)
     return Scored(made, loaded, asked, table, creators, compared, losses)
@@ -477,87 +440,3 @@ def _with_errors(
     low, high = errors.interval(table["score"].to_numpy())
     table = table.assign(score_se=errors.se, score_low=low, score_high=high)
     return table, replace(creators, by_batch=by_batch, train_variance=variance)
-
-
-def styles(creators: Creators, controls: Controls | None, query: int) -> pd.DataFrame:
-    """Trained works of each creator against works of the same creator that were held out, by mean score_adj.
-
-    If held-out works score as high, a style that is recognised does not show that these works contributed.
-
-    Returns:
-        Columns creator, n_trained, n_heldout, mean_trained, mean_heldout, gap with its 95 % interval and two-sided
-        p-value (Welch, 1947); creators of whom there are two of each at least.
-    """
-    rows = []
-    held_by = np.array([] if controls is None else controls.creators, dtype=object)
-    for g, name in enumerate(creators.names):
-        values = np.empty(0) if controls is None else controls.scores[query][held_by == name]
-        values, n = values[~np.isnan(values)], float(creators.images[g])
-        if len(values) < 2 or n < 2:
-            continue
-        mean = creators.totals[query, g] / n
-        variance = max(creators.squares[query, g] - n * mean**2, 0.0) / (n - 1)
-        errors = significance.difference(variance, n, float(values.var(ddof=1)), float(len(values)))
-        gap = np.array([mean - values.mean()])
-        (low,), (high,) = errors.interval(gap)
-        p = significance.two_sided(float(gap[0]), float(errors.se[0]), float(errors.dof[0]))
-        rows.append((name, n, len(values), mean, values.mean(), gap[0], low, high, p))
-    columns = [
-        "creator",
-        "n_trained",
-        "n_heldout",
-        "mean_trained",
-        "mean_heldout",
-        "gap",
-        "gap_low",
-        "gap_high",
-        "p_gap",
-    ]
-    return pd.DataFrame(rows, columns=columns)
-
-
-# What a person reads ------------------------------------------------------------------------------------------------
-
-
-def _creator_rows(queries: Sequence[str], creators: Creators, controls: Controls | None) -> list[dict[str, Any]]:
-    """Totals of the creators of each query, highest first, with p and q of changing places with controls."""
-    rows = []
-    for q, query in enumerate(queries):
-        p = significance.group_p_values(creators.totals[q], creators.nulls(q, controls))
-        fdr = significance.false_discovery_rates(p)
-        gaps = styles(creators, controls, q).set_index("creator")
-        for g in np.lexsort((creators.names, -creators.totals[q])):
-            rows.append({
-                "query": query,
-                "creator": creators.names[g],
-                "images": int(creators.images[g]),
-                "total": float(creators.totals[q, g]),
-                "p_value": float(p[g]),
-                "q_value": float(fdr[g]),
-                **_gap(gaps, creators.names[g]),
-            })  # fmt: skip
-    return rows
-
-
-def _gap(gaps: pd.DataFrame, name: str) -> dict[str, float | None]:
-    """What trained works score above held-out works of the same creator; `None` without such works."""
-    columns = ("gap", "gap_low", "gap_high")
-    return {column: float(gaps.loc[name, column]) if name in gaps.index else None for column in columns}
-
-
-def _query_rows(asked: Queries) -> list[dict[str, Any]]:
-    """Losses of each query under the fine-tuned model and its base."""
-    rows = []
-    for q, query in enumerate(asked.paths):
-        row: dict[str, Any] = {"query": query, "query_id": asked.item_ids[q], "prompt": asked.prompts[q]}
-        row["loss_finetuned"] = float(asked.loss[q].mean())
-        row |= {"loss_base": None, "gain": None, "gain_se": None, "gain_p": None}
-        if asked.loss_base is not None:
-            gain = asked.loss_base[q].astype(float) - asked.loss[q]
-            errors = significance.errors(gain[:, None])
-            row |= {"loss_base": float(asked.loss_base[q].mean()), "gain": float(gain.mean())}
-            if len(gain) > 1:
-                se, dof = float(errors.se[0]), float(errors.dof[0])
-                row |= {"gain_se": se, "gain_p": significance.above_zero(float(gain.mean()), se, dof)}
-        rows.append(row)
-    return rows

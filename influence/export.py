@@ -20,18 +20,26 @@ from influence.errors import OptionError
 from influence.pipeline import LIBRARIES, Message, Progress, silent
 from influence.royalties import ESTIMATORS
 
-LIMITS = (
-    "Scores are first-order estimates of what training on an image did to the loss of a picture, for the fine-tune's "
-    "images only: all that the base model was trained on is one lump, _base_model.",
-    "Intervals cover the random draws of noise and timesteps, and for shares which works a creator had. They do not "
-    "cover that training again, with another seed, gives another model.",
-    "A score depends on the prompt. Similarity, membership, influence and near copies are different things, and each "
-    "has columns of its own.",
-    "Shares are research estimates: how an estimator divides what the fine-tune did. They are no licence, no proof of "
-    "copying, and nothing here says that anything is due.",
-)
 _OPTIONS = ("k", "method", "damping", "draws", "prompt", "usage", "pool", "currency", "embedding", "dataset", "model",
             "lora", "base")  # fmt: skip
+
+
+def limits(models: int) -> list[str]:
+    """What the tables of an export do not say."""
+    again = (
+        "They do not cover that training again, with another seed, gives another model."
+        if models == 1
+        else f"They cover that training again gives another model, by what {models} models differ in."
+    )
+    return [
+        "Scores are first-order estimates of what training on an image did to the loss of a picture, for the "
+        "fine-tune's images only: all that the base model was trained on is one lump, _base_model.",
+        f"Intervals cover the random draws of noise and timesteps, and for shares which works a creator had. {again}",
+        "A score depends on the prompt. Similarity, membership, influence and near copies are different things, and "
+        "each has columns of its own.",
+        "Shares are research estimates: how an estimator divides what the fine-tune did. They are no licence, no proof "
+        "of copying, and nothing here says that anything is due.",
+    ]
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class Replayed:
 
 def export(
     images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    store: str | os.PathLike[str],
+    store: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
     form: str = "csv",
@@ -58,7 +66,7 @@ def export(
 
     Args:
         images: One picture file, or several.
-        store: The store's folder.
+        store: The store's folder, or several, as for `attribute`.
         out: Folder to make.
         form: Of the tables: one of `tables.FORMATS`.
         truth: Folder of a truth, for exact Shapley values.
@@ -75,38 +83,39 @@ def export(
     if form not in tables.FORMATS:
         raise OptionError(f"format {form!r} is unknown; expected one of {', '.join(tables.FORMATS)}")
     paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
+    folders = [store] if isinstance(store, (str, os.PathLike)) else list(store)
     wanted = {name: value for name, value in options.items() if name in _OPTIONS and value is not None}
     pool = _pool(options.pop("pool", None))
     made = answer(
-        paths, store, pool=pool, truth=truth, progress=progress, message=message, **options,
+        paths, folders, pool=pool, truth=truth, progress=progress, message=message, **options,
     )  # fmt: skip
     contents = {name: tables.write(name, getattr(made, name), form) for name in tables.SCHEMA}
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
-    opened = stores.open_store(store)
-    inside = opened.controls()
+    opened = [stores.open_store(folder) for folder in folders]
+    inside = [made_of.controls() for made_of in opened]
     run = {
         "tool": "influence",
         "version": importlib.metadata.version("influence"),
         "images": [{"file": str(path), "sha256": _sha256(Path(path))} for path in paths],
-        "store": str(store),
+        "stores": [str(folder) for folder in folders],
         "truth": None if truth is None else str(truth),
         "format": form,
         "options": {name: _plain(value) for name, value in wanted.items()},
         "facts": made.facts,
         "estimators": {name: found.formula for name, found in ESTIMATORS.items()},
-        "spec": opened.spec.to_json(),
-        "build": opened.build,
-        "features": opened.family_hash("loss"),
-        "controls": None if inside is None else inside.family_hash("loss"),
-        "dataset_sha256": opened.source["dataset_sha256"],
+        "specs": [made_of.spec.to_json() for made_of in opened],
+        "builds": [made_of.build for made_of in opened],
+        "features": [made_of.family_hash("loss") for made_of in opened],
+        "controls": [None if part is None else part.family_hash("loss") for part in inside],
+        "dataset_sha256": opened[0].source["dataset_sha256"],
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "tables": {f"{name}.{form}": f"sha256:{digest}" for name, digest in hashes.items()},
-        "limits": list(LIMITS),
+        "limits": limits(len(folders)),
     }
     files = {f"{name}.{form}": data for name, data in contents.items()}
     files["datapackage.json"] = _json(tables.datapackage(form, hashes))
     files["run.json"] = _json(run)
-    files["README.md"] = _readme(made, form).encode()
+    files["README.md"] = _readme(made, form, len(folders)).encode()
     _write(target, files)
     return made
 
@@ -135,18 +144,22 @@ def replay(
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         images, options = record["images"], dict(record["options"])
-        store, form, written = record["store"], record["format"], record["tables"]
+        folders, form, written = record["stores"], record["format"], record["tables"]
+        features = list(record["features"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OptionError(f"{path} is no run.json of an export: {type(error).__name__}") from None
     for image in images:
         if not Path(image["file"]).is_file() or _sha256(Path(image["file"])) != image["sha256"]:
             raise OptionError(f"{image['file']} is not the picture that was exported; put it back where it was")
-    store = changes.pop("store", None) or store
-    opened = stores.open_store(store)
-    if opened.family_hash("loss") != record["features"]:
-        raise OptionError(f"store {opened.path.name} has other features than the export was made of")
+    folders = changes.pop("store", None) or folders
+    folders = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
+    if len(folders) != len(features):
+        raise OptionError(f"the export was made of {len(features)} stores, and {len(folders)} are given; name them all")
+    for folder, known in zip(folders, features, strict=True):
+        if stores.open_store(folder).family_hash("loss") != known:
+            raise OptionError(f"store {Path(folder).name} has other features than the export was made of")
     files = [image["file"] for image in images]
-    export(files, store, out, form=form, truth=record["truth"], progress=progress, message=message,
+    export(files, folders, out, form=form, truth=record["truth"], progress=progress, message=message,
            **options | changes)  # fmt: skip
     again = json.loads((Path(out) / "run.json").read_text(encoding="utf-8"))
     changed = {name: f"{digest} became {again['tables'][name]}" for name, digest in written.items()
@@ -180,8 +193,8 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n").encode()
 
 
-def _readme(made: Answers, form: str) -> str:
-    lines = ["# Export of influence", "", *(f"{limit}\n" for limit in LIMITS), "## Tables", ""]
+def _readme(made: Answers, form: str, models: int) -> str:
+    lines = ["# Export of influence", "", *(f"{limit}\n" for limit in limits(models)), "## Tables", ""]
     for name, schema in tables.SCHEMA.items():
         lines.append(f"- `{name}.{form}`: {schema.title.lower()}; {len(getattr(made, name))} rows")
     lines += [

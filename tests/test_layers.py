@@ -18,6 +18,8 @@ LAYERS = [
     ["store", "executors", "typefaces", "horizon"],
     ["verification", "figure", "contactsheet", "pipeline", "retraining"],
     ["inspection", "queries", "planning", "nearcopies", "repair", "holdout"],
+    ["scored"],
+    ["ensemble"],
     ["attribution"],
     ["demo", "doctor", "evaluation", "extraction"],
     ["tables"],

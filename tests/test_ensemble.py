@@ -1,0 +1,101 @@
+"""Several stores of one data set, of models that were trained again."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from influence_cli.main import cli
+from scipy import stats
+from tiny_models import pictures, tiny_ddpm
+
+import influence
+from influence.errors import OptionError
+
+DRAWS = 8
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ensemble")
+    pictures(path / "data", count=9, size=8, captions=False)
+    pictures(path / "controls", count=12, size=8, captions=False, key=1)
+    pictures(path / "query", count=2, size=8, captions=False, key=2)
+    for seed in range(3):
+        influence.build(
+            path / "data", model=tiny_ddpm(path / f"m{seed}", seed=seed), store=path / f"s{seed}", dim=64, draws=DRAWS,
+            controls=path / "controls",
+        )  # fmt: skip
+    return path
+
+
+def ask(world, stores, **options):
+    query = [world / "query" / "000.png", world / "data" / "004.png"]
+    return influence.attribute(query, stores, draws=DRAWS, **({"k": None} | options))
+
+
+def test_a_store_beside_itself_says_what_it_says_alone(world):
+    alone, twice = ask(world, world / "s0"), ask(world, [world / "s0", world / "s0"])
+    assert twice["item_id"].tolist() == alone["item_id"].tolist()
+    for column in ("rank", "score", "score_adj", "score_se", "score_low", "score_high", "p_value", "q_value"):
+        np.testing.assert_allclose(twice[column], alone[column], rtol=1e-9)
+    assert twice.attrs["models"] == 2
+    a, b = ([(row["creator"], row["total"], row["p_value"]) for row in t.attrs["creators"]] for t in (alone, twice))
+    assert [row[0] for row in a] == [row[0] for row in b]
+    np.testing.assert_allclose([row[1:] for row in a], [row[1:] for row in b], rtol=1e-9)
+
+
+def test_scores_are_means_and_intervals_have_the_spread_over_models(world):
+    parts = [ask(world, world / f"s{seed}") for seed in range(3)]
+    table = ask(world, [world / f"s{seed}" for seed in range(3)])
+    key = ["query", "item_id"]
+    each = np.stack([part.set_index(key)["score"].reindex(table.set_index(key).index).to_numpy() for part in parts])
+    np.testing.assert_allclose(table["score"], each.mean(0), rtol=1e-9)
+    assert (table.groupby("query", sort=False)["score"].diff().dropna() <= 0).all()
+    half = (table["score_high"] - table["score_low"]) / 2
+    least = stats.t.ppf(0.975, 2) * each.std(0, ddof=1) / 3**0.5
+    assert (half >= least).all()
+    assert (table["score_se"] >= each.std(0, ddof=1) / 3**0.5 * (1 - 1e-9)).all()
+    totals = {(row["query"], row["creator"]): row["total"] for row in table.attrs["creators"]}
+    for (query, creator), total in totals.items():
+        mine = (table["query"] == query) & (table["creator"] == creator)
+        assert total == pytest.approx(table.loc[mine, "score_adj"].sum())
+    assert ask(world, [world / "s0", world / "s1"], k=3).groupby("query").size().tolist() == [3, 3]
+
+
+def test_an_export_of_several_can_be_replayed_and_says_what_its_intervals_cover(world, tmp_path):
+    stores = [world / "s0", world / "s1"]
+    influence.export([world / "query" / "000.png"], stores, tmp_path / "out", draws=DRAWS)
+    record = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
+    assert len(record["features"]) == len(record["specs"]) == len(record["stores"]) == 2
+    assert record["facts"]["models"] == 2
+    assert any("2 models differ" in line for line in record["limits"])
+    again = influence.replay(tmp_path / "out" / "run.json", tmp_path / "again")
+    assert again.changed == {}
+    with pytest.raises(OptionError, match="has other features"):
+        influence.replay(tmp_path / "out" / "run.json", tmp_path / "other", store=[world / "s1", world / "s0"])
+    with pytest.raises(OptionError, match="made of 2 stores, and 1 are given"):
+        influence.replay(tmp_path / "out" / "run.json", tmp_path / "other", store=world / "s0")
+
+
+def test_stores_that_cannot_be_averaged_are_refused(world, tmp_path):
+    others = pictures(tmp_path / "data", count=8, size=8, captions=False)
+    influence.build(others, model=world / "m1", store=tmp_path / "fewer", dim=64, draws=DRAWS)
+    with pytest.raises(OptionError, match="differ in 1 images or creators"):
+        ask(world, [world / "s0", tmp_path / "fewer"])
+    shutil.copytree(world / "s1", tmp_path / "bare", ignore=shutil.ignore_patterns("controls"))
+    with pytest.raises(OptionError, match="other controls"):
+        ask(world, [world / "s0", tmp_path / "bare"])
+    with pytest.raises(OptionError, match="several models"):
+        ask(world, [world / "s0", world / "s1"], model=world / "m0")
+    with pytest.raises(OptionError, match="there is no store"):
+        ask(world, [])
+
+
+def test_the_command_line_takes_several_stores(world):
+    common = ["--store", str(world / "s0"), "--store", str(world / "s1"), "--draws", str(DRAWS)]
+    found = CliRunner().invoke(cli, ["attribute", str(world / "query" / "000.png"), *common, "--json"])
+    assert found.exit_code == 0, found.output
+    found = CliRunner().invoke(cli, ["check", str(world / "query" / "000.png"), *common])
+    assert found.exit_code in (0, 10, 11, 12, 13), found.output
