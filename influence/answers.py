@@ -112,7 +112,7 @@ def answer(
     scored = score(
         paths, store, k=k, method=method, damping=damping, draws=draws, prompt=prompt, intervals=True, model=model,
         lora=lora, base=base, engine=engine, batch_size=batch_size, memory=memory, device=device, progress=progress,
-        message=message, clusters=clusters,
+        message=message, clusters=clusters, path=True,
     )  # fmt: skip
     if scored.store.build.get("batches", 0) < 2 or len(scored.creators.by_batch) < 2:
         raise OptionError(
@@ -140,7 +140,8 @@ def answer(
         contributors=_contributors(scored, ids),
         facts={
             name: scored.table.attrs[name] for name in ("method", "formula", "damping", "draws", "controls", "models")
-        } | {"usage": weights.tolist()},
+        }
+        | {"usage": weights.tolist(), "totals": "end" if scored.path is None else "path"},
     )  # fmt: skip
 
 
@@ -246,6 +247,7 @@ def _shares(
 ) -> pd.DataFrame:
     """Shares of each query and of the statement over all, by every estimator that what is known allows."""
     creators, controls = scored.creators, scored.controls
+    way = creators if scored.path is None else scored.path
     exact = _shapley_of(scored, truth)
     names = [ids[name] for name in creators.names] + [UNATTRIBUTED, BASE_MODEL]
     corpus = np.append(creators.images / creators.images.sum(), [np.nan, np.nan])
@@ -253,16 +255,19 @@ def _shares(
     whole: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {}
     for q, found in enumerate(made):
         nulls = creators.nulls(q, controls)
-        again = royalties.resampled((scored.queries.item_ids[q],), **_of_query(creators, q))
-        p = significance.group_p_values(np.vstack([creators.totals[q][None], again]), nulls)
+        at_end = royalties.resampled((scored.queries.item_ids[q],), **_of_query(creators, q))
+        again = royalties.resampled((scored.queries.item_ids[q],), **_of_query(way, q))
+        p = significance.group_p_values(np.vstack([creators.totals[q][None], at_end]), nulls)
         fdr = significance.false_discovery_rates(p)
-        variance = _variance(creators, q)
-        rho = royalties.reliability(creators.totals[q], variance)
+        variance = _variance(way, q)
+        rho = royalties.reliability(way.totals[q], variance)
         common = {"reliability": rho, "similarity": _similarity_evidence(scored, looks[q]), "shapley": exact.get(q)}
-        once = Evidence(creators.images, creators.totals[q], fdr[0], **common)
-        repeated = Evidence(creators.images, again, fdr[1:], **common)
+        ends = (None, None) if scored.path is None else (creators.totals[q], at_end)
+        once = Evidence(creators.images, way.totals[q], fdr[0], end_totals=ends[0], **common)
+        repeated = Evidence(creators.images, again, fdr[1:], end_totals=ends[1], **common)
         for estimator in ESTIMATORS:
-            if (estimator == "gated_group_sum" and not nulls) or (estimator == "shapley" and q not in exact):
+            lacks = {"gated_group_sum": not nulls, "shapley": q not in exact, "end_group_sum": scored.path is None}
+            if lacks.get(estimator):
                 continue
             share = royalties.shares(estimator, once, from_model=found.explained)
             repeats = royalties.shares(estimator, repeated, from_model=found.explained)
@@ -271,7 +276,7 @@ def _shares(
             sums[1].append(repeats)
             table = _share_table(scored.queries.item_ids[q], estimator, names, share, repeats, creators.images, corpus)
             count = len(creators.names)
-            table.loc[: count - 1, "group_score"] = creators.totals[q]
+            table.loc[: count - 1, "group_score"] = way.totals[q]
             table.loc[: count - 1, "group_score_se"] = np.sqrt(variance)
             table.loc[: count - 1, "p_null_group"] = p[0]
             table.loc[: count - 1, "q_fdr_group"] = fdr[0]
@@ -341,6 +346,7 @@ def _share_table(
 def _queries(scored: Scored, made: Sequence[Verdict], copies: pd.DataFrame, shares: pd.DataFrame) -> pd.DataFrame:
     rows = []
     estimator = DEFAULT_ESTIMATOR if (shares["estimator"] == DEFAULT_ESTIMATOR).any() else "group_sum"
+    way = scored.creators if scored.path is None else scored.path
     chosen = shares[shares["estimator"] == estimator].set_index(["query_id", "contributor_id"])["share"]
     for q, (row, found) in enumerate(zip(scored.table.attrs["queries"], made, strict=True)):
         mine = copies[copies["query"] == row["query"]]
@@ -366,7 +372,7 @@ def _queries(scored: Scored, made: Sequence[Verdict], copies: pd.DataFrame, shar
             "max_similarity": float(nearest["similarity"]),
             "max_similarity_item": nearest["item_id"],
             "similarity_metric": nearest["metric"],
-            "reliability": royalties.reliability(scored.creators.totals[q], _variance(scored.creators, q)),
+            "reliability": royalties.reliability(way.totals[q], _variance(way, q)),
             "unattributed_share": float(chosen[row["query_id"], UNATTRIBUTED]),
             "base_model_share": float(chosen[row["query_id"], BASE_MODEL]),
         })  # fmt: skip

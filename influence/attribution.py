@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,22 @@ from influence import store as stores
 from influence.curvature import Curvature
 from influence.ensemble import combined
 from influence.errors import OptionError, StoreError
-from influence.pipeline import DEFAULT_BATCH, Message, Progress, load_for, read, run_shards, silent
+from influence.models import Denoiser
+from influence.pipeline import (
+    DEFAULT_BATCH,
+    Loaded,
+    Message,
+    Progress,
+    load_for,
+    read,
+    run_shards,
+    silent,
+    with_changes,
+)
 from influence.queries import Queries, control_losses, load_base, read_queries
 from influence.scored import COLUMNS, Controls, Creators, Scored, creator_rows, query_rows
 from influence.scoring import METHODS, Groups
+from influence.shards import ShardContent
 from influence.store import Store
 
 Stores = str | os.PathLike[str] | Store | Sequence[str | os.PathLike[str] | Store]
@@ -137,10 +149,12 @@ def score_one(
     progress: Progress,
     message: Message,
     clusters: Mapping[str, str] | None = None,
+    path: bool = False,
 ) -> Scored:
     """Score pictures with one store; arguments as for `attribute`.
 
-    `clusters` names the near-duplicate cluster of each image: totals then count each cluster as one work.
+    `clusters` names the near-duplicate cluster of each image: totals then count each cluster as one work. `path` asks
+    for creators' totals along the whole way from the base, too, where it is known.
 
     Raises:
         InfluenceError: As for `attribute`.
@@ -160,27 +174,44 @@ def score_one(
         message=message,
     )  # fmt: skip
     controls = made.controls()
-    for part in (made, controls):
-        if part is not None and part.missing(chosen.family):
-            if chosen.family == "loss":
-                raise StoreError(f"the controls of store {made.path.name} are not complete; run the same build again")
-            message(f"{method} needs gradients of another output of the images: taking them once, kept in the store")
-            data = read(part.source["dataset"], loaded.denoiser, part.source["creator_column"], progress, message)
-            run_shards(part, chosen.family, loaded, options, data, 1, progress, message)
-    before = load_base(made, base, str(next(iter(loaded.denoiser.parameters.values())).device))
-    asked = read_queries(loaded, chosen.family, paths, prompts, progress, message, before)
+    if controls is not None and controls.missing("loss"):
+        raise StoreError(f"the controls of store {made.path.name} are not complete; run the same build again")
+    device_of = str(next(iter(loaded.denoiser.parameters.values())).device)
+    before = load_base(made, base, device_of, model=model if made.source["lora"] else None, lora=lora)
+    under_base = _under_base(made, loaded, before)
+    if chosen.path and under_base is None:
+        raise OptionError(f"path needs the model before the fine-tune: build store {made.path.name} with --base DIR")
+    along = chosen.path or (path and method == "gauss-newton" and under_base is not None)
+    needed = [(part, chosen.family, loaded) for part in (made, controls)]
+    needed += [(part, "base", under_base) for part in (made, controls if chosen.path else None) if along]
+    for part, family, of in needed:
+        if part is not None and part.missing(family):
+            message(f"taking the gradients of {len(part.items)} images {_OTHER[family]} once, kept in the store")
+            data = read(part.source["dataset"], of.denoiser, part.source["creator_column"], progress, silent)
+            run_shards(part, family, of, options, data, 1, progress, message)
+    asked = read_queries(loaded, chosen.family, paths, prompts, progress, message, before, along)
     groups = _groups(made, chosen.family)
     num_train = float(groups.files.sum())
     factored = solver(made, chosen, damping) if chosen.curvature else None
     h = leverages(made, chosen, damping, factored, groups)
     if clusters is not None:
         groups = scoring.shared(groups, clusters)
-    v = scoring.precondition(chosen, torch.from_numpy(asked.phi), factored, num_train)
-    compared = None if controls is None else _control_scores(controls, chosen, v, asked)
-    table, creators = _rank(made, chosen, v, asked, k, groups, h, compared)
-    if intervals:
-        parts = _by_batch(chosen, asked, factored, num_train)
-        table, creators = _with_errors(made, chosen, v, parts, groups, h, table, creators)
+
+    def scan(
+        method: scoring.Method, asked: Queries, k: int | None, h: np.ndarray, controls: Store | None
+    ) -> tuple[pd.DataFrame, Creators, Controls | None]:
+        v = scoring.precondition(method, torch.from_numpy(asked.phi), factored, num_train)
+        compared = None if controls is None else _control_scores(controls, method, v, asked)
+        table, creators = _rank(made, method, v, asked, k, groups, h, compared)
+        if intervals:
+            parts = _by_batch(method, asked, factored, num_train)
+            table, creators = _with_errors(made, method, v, parts, groups, h, table, creators)
+        return table, creators, compared
+
+    table, creators, compared = scan(chosen, asked.along_the_path() if chosen.path else asked, k, h, controls)
+    whole_way = None
+    if path and along:
+        _, whole_way, _ = scan(METHODS["path"], asked.along_the_path(), 1, np.zeros(len(h)), None)
     count = 0 if compared is None else len(compared.item_ids)
     if 0 < count < significance.MIN_CONTROLS:
         message(
@@ -199,7 +230,52 @@ def score_one(
         "queries": query_rows(asked),
     }
     losses = None if controls is None else control_losses(controls, loaded, before, progress, message)
-    return Scored(made, loaded, asked, table, creators, compared, losses)
+    return Scored(made, loaded, asked, table, creators, compared, losses, whole_way)
+
+
+_OTHER = {"square": "of another output", "base": "under the model before the fine-tune", "loss": "of the loss"}
+
+
+def _under_base(made: Store, loaded: Loaded, before: Denoiser | None) -> Loaded | None:
+    """The base with the recipe of the fine-tune's features, if the store knows it and it has the same parameters."""
+    known = made.source["lora"] is not None or made.source.get("base_model") is not None
+    if before is None or not known:
+        return None
+    shapes = [{name: p.shape for name, p in each.parameters.items()} for each in (before, loaded.denoiser)]
+    if shapes[0] != shapes[1]:
+        return None
+    return Loaded(before, loaded.spec, with_changes(loaded.recipe, parameters=before.parameters))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Features of some images."""
+
+    item_ids: list[str]
+    phi: np.ndarray
+    batches: list[np.ndarray]
+    """φ of each batch of draws."""
+
+
+def _blocks(made: Store, method: scoring.Method, batches: bool = False) -> Iterator[_Rows]:
+    """Features that a method reads, shard by shard; batches of draws if they are wanted."""
+
+    def drawn(content: ShardContent) -> list[np.ndarray]:
+        scaled = zip(content.phi_batch.transpose(1, 0, 2), content.phi_scale.T, strict=True) if batches else ()
+        return [rows.astype(np.float32) * scale[:, None] for rows, scale in scaled]
+
+    if not method.path:
+        for content in made.blocks(method.family):
+            yield _Rows(content.item_ids, content.phi, drawn(content))
+        return
+    for end, start in zip(made.blocks("loss"), made.blocks("base"), strict=True):
+        if end.item_ids != start.item_ids:
+            raise StoreError(
+                f"store {made.path.name} has gradients under the fine-tune and under its base of different images; "
+                "leave out those that were refused, with influence exclude"
+            )
+        both = zip(drawn(end), drawn(start), strict=True)
+        yield _Rows(end.item_ids, (end.phi + start.phi) / 2, [(a + b) / 2 for a, b in both])
 
 
 def _prompts(made: Store, prompt: str | Sequence[str] | None, count: int) -> list[str | None]:
@@ -292,7 +368,7 @@ def leverages(
     made: Store, method: scoring.Method, damping: float | None, factored: Curvature | None, groups: Groups
 ) -> Float64[np.ndarray, " images"]:
     """H of every image, in the order of `groups.ids`; 0 for methods without curvature, which say nothing of it."""
-    if factored is None:
+    if factored is None or method.path:
         return np.zeros(len(groups.ids))
     name = _derived_name(made, "leverage", method, damping)
     kept = made.read_derived(name)
@@ -321,7 +397,7 @@ def _control_scores(controls: Store, method: scoring.Method, v: torch.Tensor, as
     """Score the controls as if they were training images; the query itself is none of its own controls."""
     ids: list[str] = []
     parts = []
-    for names, tau in scoring.scores(method, v, ((c.item_ids, c.phi) for c in controls.blocks(method.family))):
+    for names, tau in scoring.scores(method, v, ((c.item_ids, c.phi) for c in _blocks(controls, method))):
         ids += names
         parts.append(tau)
     tau = np.concatenate(parts, axis=1) if parts else np.empty((len(v), 0))
@@ -349,7 +425,7 @@ def _rank(
     exceeded = [np.zeros(len(row) + 1, np.int64) for row in strangers]
     works = None if controls is None else np.zeros((count, groups.parts.shape[0]))
     images = np.bincount(groups.work)
-    blocks = ((content.item_ids, content.phi) for content in made.blocks(method.family))
+    blocks = ((content.item_ids, content.phi) for content in _blocks(made, method))
     for ids, tau in scoring.scores(method, v, blocks):
         here = groups.ids.get_indexer(pd.Index(ids))
         adjusted = tau / (1 - h[here])
@@ -391,7 +467,7 @@ def _by_batch(
     batches = torch.from_numpy(asked.phi_batch).transpose(0, 1)  # [batches, query, k]
     if not len(batches):
         return batches.double()
-    plain = scoring.Method(method.formula, method.family, method.curvature)
+    plain = replace(method, cosine=False)
     v = scoring.precondition(plain, batches.flatten(0, 1), factored, num_train).unflatten(0, batches.shape[:2])
     return v / torch.from_numpy(asked.phi).double().norm(dim=1)[:, None] if method.cosine else v
 
@@ -413,16 +489,15 @@ def _with_errors(
     listed = [set(table.loc[table["number"] == q, "item_id"]) for q in range(count)]
     found: dict[tuple[int, str], tuple[float, float]] = {}
     flat, columns = parts.flatten(0, 1), np.ascontiguousarray(v.float().numpy().T)
-    for content in made.blocks(method.family):
+    for content in _blocks(made, method, batches=True):
         ids, n = content.item_ids, len(content.item_ids)
         here = groups.ids.get_indexer(pd.Index(ids))
         one_query = np.empty((batches * count, n))
         if batches:
             ((_, one_query),) = scoring.scores(method, flat, [(ids, content.phi)])
         one_query = one_query.reshape(batches, count, n)
-        one_train = np.empty((content.phi_batch.shape[1], count, n))
-        for b in range(len(one_train)):
-            rows = content.phi_batch[:, b].astype(np.float32) * content.phi_scale[:, b, None]
+        one_train = np.empty((len(content.batches), count, n))
+        for b, rows in enumerate(content.batches):
             one_train[b] = (rows @ columns).T
         if method.cosine:
             one_train /= np.linalg.norm(content.phi, axis=1)

@@ -69,7 +69,9 @@ def combined(parts: Sequence[Scored], k: int | None) -> Scored:
         "creators": creator_rows(queries.paths, creators, controls),
         "queries": query_rows(queries),
     }
-    return Scored(first.store, first.loaded, queries, table, creators, controls, _losses(parts))
+    ways = [part.path for part in parts if part.path is not None]
+    path = _creators(ways) if len(ways) == len(parts) else None
+    return Scored(first.store, first.loaded, queries, table, creators, controls, _losses(parts), path)
 
 
 def _require_same(first: Scored, other: Scored) -> None:

@@ -59,7 +59,7 @@ def _store(path: Path) -> dict[str, Any]:
     made = store.open_store(path)
     problems = [f"{problem.file}: {problem.found}" for problem in verification.verify(made)]
     families: dict[str, Any] = {}
-    for family in ("loss", "square"):
+    for family in shards.FAMILIES:
         records = made.records(family)
         if records or family == "loss":
             images, rows = made.num_rows(family)

@@ -276,6 +276,13 @@ def add_fresh_lora(denoiser: Denoiser, *, rank: int, alpha: float, targets: str,
     unet.requires_grad_(False)
 
 
+def silence_lora(denoiser: Denoiser) -> None:
+    """Make the adapter do nothing, as before its training: lora_B = 0. It has gradients as before."""
+    for name, parameter in denoiser.parameters.items():
+        if "lora_B" in name:
+            parameter.data.zero_()
+
+
 def save_lora(denoiser: Denoiser, folder: str | Path) -> Path:
     """Write the adapter of the UNet as diffusers' training scripts do: `pytorch_lora_weights.safetensors`.
 

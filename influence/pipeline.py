@@ -135,6 +135,7 @@ def build(
         "model": options.model,
         "lora": options.lora,
         "base": None if base is None else str(Path(base).absolute()),
+        "base_model": None if base is None else models.load_denoiser(Path(base)).identity["model"],
         "parameters": options.parameters,
         "resolution": options.resolution,
         "creator_column": creator_column,
@@ -531,7 +532,8 @@ def _shard_work(made: Store, family: str, loaded: Loaded, data: datasets.Dataset
         advice="Use the model that the store was made with, or another --store folder.",
     )
     rate = made.build["curvature_rate"] if family == "loss" else 0.0
-    recipe = with_changes(loaded.recipe, output=family, num_draws=made.build["draws"], curvature_rate=rate)
+    output = "loss" if family == "base" else family
+    recipe = with_changes(loaded.recipe, output=output, num_draws=made.build["draws"], curvature_rate=rate)
     by_id = {item.item_id: item for item in data.items}
 
     def work(shard: int) -> None:

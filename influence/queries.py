@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,27 +31,57 @@ class Queries:
     """Training loss under the fine-tuned model, by batch of draws; one batch if they cannot be divided."""
     loss_base: Float32[np.ndarray, "queries parts"] | None
     """Under the base, on the same draws; `None` if the base is not known."""
+    phi_base: Float32[np.ndarray, "queries k"] | None = None
+    """Features under the base, if they were wanted."""
+    phi_base_batch: Float32[np.ndarray, "queries batches k"] | None = None
+
+    def along_the_path(self) -> "Queries":
+        """With the mean of the features under base and fine-tune in place of these."""
+        assert self.phi_base is not None and self.phi_base_batch is not None
+        phi, batch = (self.phi + self.phi_base) / 2, (self.phi_batch + self.phi_base_batch) / 2
+        return replace(self, phi=phi, phi_batch=batch)
 
 
-def load_base(made: Store, base: str | os.PathLike[str] | None, device: str) -> Denoiser | None:
-    """The model before the fine-tune: what a LoRA was put on, or what was named; `None` if nothing says which it is.
+def load_base(
+    made: Store,
+    base: str | os.PathLike[str] | None,
+    device: str,
+    *,
+    model: str | os.PathLike[str] | None = None,
+    lora: str | os.PathLike[str] | None = None,
+) -> Denoiser | None:
+    """The model before the fine-tune, `None` if nothing says which it is.
+
+    That of a LoRA is the same network with an adapter that does nothing (lora_B = 0), so that it has gradients of the
+    same parameters.
 
     Args:
         made: The store of the fine-tuned model.
         base: Where its base is; by default as the store says.
         device: Where to put it.
+        model: Where the model that a LoRA was put on is now, if it was moved.
+        lora: Where the LoRA is now.
 
     Raises:
         ModelError: It is not there, or cannot be loaded.
-        OptionError: It predicts something else than the fine-tuned model.
+        OptionError: It is another than at build, or predicts something else than the fine-tuned model.
     """
     source = made.source
     path = source.get("base") if base is None else str(Path(base).absolute())
-    if path is None:
-        path = source["model"] if source["lora"] is not None else None
-    if path is None:
+    options = {"parameters": source["parameters"], "resolution": source["resolution"], "device": device}
+    if source["lora"] is not None:
+        found = models.load_denoiser(
+            Path(source["model"] if path is None else path) if model is None else Path(model),
+            lora=Path(source["lora"] if lora is None else lora), **options,
+        )  # fmt: skip
+        models.silence_lora(found)
+    elif path is not None:
+        found = models.load_denoiser(Path(path), **options)
+    else:
         return None
-    found = models.load_denoiser(Path(path), resolution=source["resolution"], device=device)
+    known = made.spec.model if source["lora"] is not None else source.get("base_model")
+    if known is not None and found.identity["model"] != known:
+        raise OptionError(f"the base at {path or source['model']} is not the one that the store was built with")
     here = (found.identity["schedule"], found.schedule.prediction, tuple(found.sample_shape), found.conditional)
     spec = made.spec
     there = (spec.schedule, spec.prediction, tuple(spec.sample_shape), spec.conditional)
@@ -72,6 +102,7 @@ def read_queries(
     progress: Progress,
     message: Message,
     base: Denoiser | None = None,
+    features_of_base: bool = False,
 ) -> Queries:
     """Take the features of pictures, from draws of their own.
 
@@ -83,6 +114,7 @@ def read_queries(
         progress: Called as work gets done.
         message: Called with remarks on pictures.
         base: The model before the fine-tune.
+        features_of_base: Whether to take features under the base, too.
 
     Raises:
         DatasetError: A picture cannot be read.
@@ -90,7 +122,8 @@ def read_queries(
     """
     channels, height, width = loaded.denoiser.image_size
     recipe = with_changes(loaded.recipe, role="query", output=family, curvature_rate=0.0)
-    ids, taken, losses, losses_base = [], [], [], []
+    ids, taken, losses, losses_base, taken_base = [], [], [], [], []
+    of_base = None if base is None else with_changes(recipe, parameters=base.parameters)
     for done, (path, prompt) in enumerate(zip(paths, prompts, strict=True)):
         progress("queries", done, len(paths))
         image, notes = datasets.decode(Path(path))
@@ -106,8 +139,10 @@ def read_queries(
             losses.append(found.loss_batch if found.loss_batch.size else found.loss[:, None])
         else:
             losses.append(_losses(loaded.denoiser, recipe, ids[-1], pixels, prompt))
+        if base is not None and features_of_base:
+            taken_base.append(take_arrays(base, of_base, ids[-1:], [pixels], [prompt]))
         if base is not None:
-            losses_base.append(_losses(base, recipe, ids[-1], pixels, prompt))
+            losses_base.append(_losses(base, of_base, ids[-1], pixels, prompt))
     progress("queries", len(paths), len(paths))
     return Queries(
         paths=[str(path) for path in paths],
@@ -117,6 +152,8 @@ def read_queries(
         phi_batch=np.concatenate([found.phi_batch for found in taken]),
         loss=np.concatenate(losses),
         loss_base=np.concatenate(losses_base) if base is not None else None,
+        phi_base=np.concatenate([found.phi for found in taken_base]) if taken_base else None,
+        phi_base_batch=np.concatenate([found.phi_batch for found in taken_base]) if taken_base else None,
     )
 
 

@@ -1,10 +1,11 @@
 """From creators' totals to shares, and from shares to money: named choices, none of them a finding.
 
 A share says how an estimator divides what the fine-tune did for one picture. It is an estimate for research: it does
-not say that a picture was copied, nor that anything is due. Totals are Σ score / (1 − h) over a creator's images: in
-the game whose value is linear in the images they are Shapley values, and faithful to groups (Lee et al., 2025):
-dividing a catalogue between two names changes no sum. Values are cut at 0 for a creator, never for a work: cutting
-each work and adding up pays for the size of a catalogue.
+not say that a picture was copied, nor that anything is due. T is a creator's total along the whole way from the base to
+the fine-tune where the base is known (`path`), or else at its end, Σ score / (1 − h). In the game whose value is linear
+in the images such sums are Shapley values, and faithful to groups (Lee et al., 2025): dividing a catalogue between two
+names changes no sum. Values are cut at 0 for a creator, never for a work: cutting each work and adding up pays for the
+size of a catalogue.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,6 +44,8 @@ class Evidence:
     """Part of the totals' variance over creators that is not error of the draws, 0 … 1."""
     similarity: Float[np.ndarray, " creators"] | None = None
     """How much more than usual the creators' works look like the picture."""
+    end_totals: Float[np.ndarray, "*repeats creators"] | None = None
+    """Totals at the end of the fine-tune alone, where `totals` are of the whole way."""
     shapley: Float[np.ndarray, " creators"] | None = None
     """Exact Shapley values from retrained coalitions."""
 
@@ -56,6 +59,12 @@ def _normalised(values: np.ndarray) -> np.ndarray:
 
 def _group_sum(evidence: Evidence) -> np.ndarray:
     return _normalised(evidence.totals)
+
+
+def _end_group_sum(evidence: Evidence) -> np.ndarray:
+    if evidence.end_totals is None:
+        raise OptionError("end_group_sum is group_sum where totals of the whole way are not known; pass build --base")
+    return _normalised(evidence.end_totals)
 
 
 def _gated_group_sum(evidence: Evidence) -> np.ndarray:
@@ -99,6 +108,7 @@ DEFAULT_ESTIMATOR = "gated_group_sum"
 ESTIMATORS: dict[str, Estimator] = {
     "gated_group_sum": Estimator("a_g T_g⁺ / Σ_h T_h⁺,  a_g = [q_g ≤ 0.1 against controls]", _gated_group_sum),
     "group_sum": Estimator("T_g⁺ / Σ_h T_h⁺", _group_sum),
+    "end_group_sum": Estimator("E_g⁺ / Σ_h E_h⁺,  E the total at the end of the fine-tune", _end_group_sum),
     "shrunk": Estimator("ρ T_g⁺ / Σ_h T_h⁺ + (1 − ρ) n_g / Σ_h n_h,  ρ the reliability of the totals", _shrunk),
     "shapley": Estimator("φ_g⁺ / Σ_h φ_h⁺,  φ exact, of retrained coalitions (Wang et al., 2024)", _shapley),
     "similarity": Estimator("s_g⁺ / Σ_h s_h⁺,  s the likeness beyond the usual", _similarity, attribution=False),

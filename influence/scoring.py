@@ -24,6 +24,8 @@ class Method:
     formula: str
     family: str = "loss"
     """Which features of the store: of the `loss`, or of the `square` output."""
+    path: bool = False
+    """Whether φ is the mean of those under the base and under the fine-tune."""
     curvature: str | None = None
     """Rows that make H: `psi` (curvature rows), `phi` (the features themselves), or `None` for no H."""
     cosine: bool = False
@@ -33,6 +35,10 @@ class Method:
 METHODS: dict[str, Method] = {
     # Gauss–Newton influence in the projected space; DESIGN of the estimator in ARCHITECTURE.md.
     "gauss-newton": Method("τ = (1/N) φ_qᵀ (H + λI)⁻¹ φ_i,  H = (1/R) Σ ψψᵀ", curvature="psi"),
+    # The way from the base to the fine-tune, by the trapezoidal rule; see ARCHITECTURE.md.
+    "path": Method(
+        "τ = (1/N) φ̄_qᵀ (H + λI)⁻¹ φ̄_i,  φ̄ the mean of φ under base and fine-tune", curvature="psi", path=True
+    ),
     # Park et al. (2023), one checkpoint, without the loss weights Q.
     "trak": Method("τ = φ_qᵀ (ΦᵀΦ + λI)⁻¹ φ_i", curvature="phi"),
     # Zheng et al. (2024): TRAK on the gradient of the mean square of the prediction.

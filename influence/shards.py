@@ -18,7 +18,7 @@ from influence import commit
 from influence.commit import ADVICE, Committed
 from influence.errors import StoreError
 
-FAMILIES = ("loss", "square")
+FAMILIES = ("loss", "square", "base")
 
 Layout = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 """Shape and type of each dataset."""
@@ -32,7 +32,7 @@ class ShardContent:
     """Features of the images of one shard. Items and rows are in the order of `item_ids`."""
 
     family: str
-    """What was differentiated: `loss` or `square`."""
+    """What was differentiated: `loss` or `square`; `base` is the loss under the model before the fine-tune."""
     shard: int
     item_ids: list[str]
     phi: np.ndarray

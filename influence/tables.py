@@ -102,7 +102,7 @@ SCHEMA: dict[str, Schema] = {
         Field("estimator", "string", "", "how it was divided; see run.json", True),
         Field("attribution", "boolean", "", "false: a baseline that says nothing of influence", True),
         Field("n_works", "integer", "works", "of the creator"),
-        Field("group_score", "number", _SCORE, "sum of score_adj, signed, before any cut"),
+        Field("group_score", "number", _SCORE, "signed total before any cut, see totals in run.json"),
         Field("group_score_se", "number", _SCORE, "its standard error, from batches of draws"),
         Field("p_null_group", "number", "probability", "of the total, when works and controls change places at random"),
         Field("q_fdr_group", "number", "probability", "Benjamini-Hochberg over creators"),

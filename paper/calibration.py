@@ -38,7 +38,8 @@ FONTS = """
     hind==2.1 inconsolata==3.1 inter==4.1.post1 jost==3.710 kanit==2.0 karla==2.4 lexend==1.7 libre-baskerville==2.5
     libre-franklin==3.0 maven-pro==2.103 mulish==3.603 nunito-sans==3.101 open-sans==3.3 outfit==1.100 overpass==4.0
     prompt==1.1 pt-sans==2.3 raleway==4.26 roboto==3.15 rubik==2.300 sarabun==1.0 signika==2.3 sora==2.0 spectral==2.5
-    tajawal==1.700 teko==2.0 titillium-web==1.2 urbanist==1.303 vollkorn==5.1 work-sans==2.12
+    tajawal==1.700 teko==2.0 titillium-web==1.2 urbanist==1.303 vollkorn==5.1 work-sans==2.12 cabin==3.1 exo-2==2.10
+    bitter==3.21
 """
 """PyPI packages `fontpkg-…` of families that neither the data set nor the base model has seen."""
 KINDS = ("generated", "trained", "unseen")

@@ -33,7 +33,7 @@ def scored(name, phi=PHI, ids=IDS, block=7, phi_q=PHI_Q):
 
 
 def oracle(name):
-    if name == "gauss-newton":
+    if name in ("gauss-newton", "path"):  # what differs are the features
         return damped_inverse_times(PSI, np.ones(80), 0.1, PHI_Q) @ PHI.T / N
     if name in ("trak", "d-trak"):
         gram = PHI.T.astype(float) @ PHI

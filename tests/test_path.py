@@ -1,0 +1,114 @@
+"""Totals along the whole way: features under the base, and scores of the mean, against plain linear algebra."""
+
+import shutil
+
+import numpy as np
+import pytest
+from tiny_models import pictures, tiny_ddpm, tiny_lora, tiny_stable_diffusion
+
+import influence
+from influence import models
+from influence.errors import OptionError
+
+DRAWS = 8
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    path = tmp_path_factory.mktemp("path")
+    pictures(path / "data", count=7, size=8, captions=False)
+    pictures(path / "controls", count=5, size=8, captions=False, key=1)
+    tiny_ddpm(path / "base", seed=1)
+    tiny_ddpm(path / "model", seed=2)
+    options = {"dim": 64, "draws": DRAWS, "controls": path / "controls"}
+    influence.build(path / "data", model=path / "model", store=path / "s", base=path / "base", **options)
+    influence.build(path / "data", model=path / "base", store=path / "of_base", **options)
+    return path
+
+
+def stacked(store, family="loss"):
+    parts = [(content.item_ids, content.phi, content.psi) for content in influence.open_store(store).blocks(family)]
+    return [item_id for ids, _, _ in parts for item_id in ids], *(
+        np.concatenate([p[i] for p in parts]).astype(float) for i in (1, 2)
+    )
+
+
+def test_features_under_the_base_are_those_of_a_store_of_the_base(world):
+    influence.attribute(world / "data" / "003.png", world / "s", method="path", draws=DRAWS)
+    ids, phi, _ = stacked(world / "s", "base")
+    others, expected, _ = stacked(world / "of_base")
+    assert ids == others
+    np.testing.assert_allclose(phi, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+    assert influence.verify(world / "s") == []
+
+
+def test_scores_are_those_of_the_mean_of_the_features(world):
+    picture = world / "data" / "003.png"
+    table = influence.attribute(picture, world / "s", method="path", k=None, draws=DRAWS, damping=0.3)
+    # the features of the query under either model, by their own stores: grad-dot with every image gives them
+    dots = [influence.attribute(picture, world / s, method="grad-dot", k=None, draws=DRAWS) for s in ("s", "of_base")]
+    ids, phi, psi = stacked(world / "s")
+    _, phi0, _ = stacked(world / "of_base")
+    mean = (phi + phi0) / 2
+    h = psi.T @ psi / len(psi)
+    h += 0.3 * np.trace(h) / 64 * np.eye(64)
+    # grad-dot has rank 7 of 64: compare on the span, through features taken by the same call
+    store = influence.open_store(world / "s")
+    loaded, _ = influence.pipeline.load_for(
+        store, model=None, lora=None, draws=DRAWS, engine="auto", batch_size=64, device="cpu", message=print
+    )
+    base = influence.queries.load_base(store, None, "cpu")
+    asked = influence.queries.read_queries(
+        loaded, "loss", [picture], [None], influence.pipeline.silent, influence.pipeline.silent, base, True
+    )
+    for found, q, rows in zip(dots, (asked.phi, asked.phi_base), (phi, phi0), strict=True):
+        by_item = found.set_index("item_id")["score"]
+        np.testing.assert_allclose([by_item[i] for i in ids], rows @ q[0].astype(float), rtol=1e-4)
+    q = (asked.phi[0] + asked.phi_base[0]).astype(float) / 2
+    expected = mean @ np.linalg.solve(h, q) / 7
+    by_item = table.set_index("item_id")["score"]
+    np.testing.assert_allclose([by_item[i] for i in ids], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    assert table["p_value"].between(1 / 6, 1).all()
+    assert (table["score_low"] <= table["score"]).all() and (table["score"] <= table["score_high"]).all()
+
+
+def test_shares_are_of_the_whole_way_where_the_base_is_known(world):
+    picture = world / "controls" / "002.png"
+    made = influence.answer(picture, world / "s", draws=DRAWS)
+    assert made.facts["totals"] == "path"
+    table = influence.attribute(picture, world / "s", method="path", k=None, draws=DRAWS)
+    totals = table.groupby("creator")["score"].sum()
+    names = made.contributors.set_index("contributor_id")["name"]
+    shares = made.shares[(made.shares["estimator"] == "group_sum") & (made.shares["query_id"] != "ALL")]
+    for row in shares[shares["n_works"].notna()].itertuples():
+        assert row.group_score == pytest.approx(totals[names[row.contributor_id]], rel=1e-6)
+        assert row.group_score_se > 0
+    assert "end_group_sum" in set(made.shares["estimator"])
+    without = influence.answer(picture, world / "of_base", draws=DRAWS)
+    assert without.facts["totals"] == "end" and "end_group_sum" not in set(without.shares["estimator"])
+
+
+def test_a_base_that_is_not_known_or_not_the_one_is_refused(world, tmp_path):
+    with pytest.raises(OptionError, match="path needs the model before the fine-tune"):
+        influence.attribute(world / "data" / "003.png", world / "of_base", method="path", draws=DRAWS)
+    shutil.copytree(world / "model", tmp_path / "other")
+    with pytest.raises(OptionError, match="is not the one that the store was built with"):
+        influence.attribute(world / "data" / "003.png", world / "s", base=tmp_path / "other", draws=DRAWS)
+
+
+def test_the_base_of_a_lora_is_its_network_with_an_adapter_that_does_nothing(tmp_path):
+    sd = tiny_stable_diffusion(tmp_path / "sd")
+    tiny_lora(tmp_path / "sd", tmp_path / "lora")
+    pictures(tmp_path / "data", count=3)
+    influence.build(tmp_path / "data", model=sd, lora=tmp_path / "lora", store=tmp_path / "s", dim=64, draws=DRAWS)
+    store = influence.open_store(tmp_path / "s")
+    silent = influence.queries.load_base(store, None, "cpu")
+    plain = models.load_denoiser(sd)
+    import torch
+
+    x = torch.randn(2, *plain.sample_shape, generator=torch.Generator().manual_seed(0))
+    t, c = torch.tensor([5, 700]), plain.encode_captions(["a", "b"])
+    with torch.no_grad():
+        torch.testing.assert_close(silent.network(x, t, c), plain.network(x, t, c), rtol=1e-5, atol=1e-5)
+    made = influence.answer(tmp_path / "data" / "001.png", store, prompt="x", draws=DRAWS)
+    assert made.facts["totals"] == "path"
