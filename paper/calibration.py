@@ -25,10 +25,10 @@ import torch
 from scipy import stats
 
 import influence
-from influence import attribution, keys, pipeline, significance, typefaces
-from influence.attribution import Scored
+from influence import attribution, keys, metrics, pipeline, significance, typefaces
 from influence.evaluation import kept_shapley
 from influence.queries import read_queries
+from influence.scored import Scored
 
 PAPER = Path(__file__).parent
 DRAWS = 256
@@ -212,6 +212,40 @@ def distances(made: influence.Answers, name: str, asked: pd.DataFrame) -> pd.Dat
     return table.pivot_table(index="estimator", columns="kind", values="distance")[list(KINDS)]
 
 
+def owners(made: influence.Answers, scored: Scored, name: str, asked: pd.DataFrame) -> pd.DataFrame:
+    """Owners' totals, at the end and along the whole way, against exact Shapley values.
+
+    `scale` is the fine-tune's measured gain on trained queries over what the totals sum to there: it needs no
+    retraining, and `slope / scale` is the slope of totals that are multiplied by it.
+    """
+    ids, exact = kept_shapley(PAPER / "truth" / name)
+    place = [ids.index(item_id) for item_id in made.queries["query_id"]]
+    measured = np.stack([exact[owner][place] for owner in scored.creators.names])
+    names = made.contributors.set_index("contributor_id")["name"]
+    shares = made.shares[(made.shares["estimator"] == "group_sum") & (made.shares["query_id"] != "ALL")]
+    way = shares.assign(name=shares["contributor_id"].map(names)).pivot(
+        index="name", columns="query_id", values="group_score"
+    )
+    totals = {
+        "end": scored.creators.totals.T,
+        made.facts["totals"]: way.loc[scored.creators.names, made.queries["query_id"]].to_numpy(),
+    }
+    gain = made.queries["finetune_gain"].to_numpy()
+    rows = []
+    for which, predicted in totals.items():
+        trained = (asked["kind"] == "trained").to_numpy()
+        scale = gain[trained].mean() / predicted[:, trained].sum(0).mean()
+        for kind in KINDS:
+            here = np.flatnonzero(asked["kind"] == kind)
+            each = [np.corrcoef(measured[:, q], predicted[:, q])[0, 1] for q in here]
+            distance = metrics.total_variation(measured[:, here], predicted[:, here]).mean()
+            slope = metrics.slope(measured[:, here], predicted[:, here])
+            follows = np.corrcoef(gain[here], predicted[:, here].sum(0))[0, 1]
+            rows.append((which, kind, np.mean(each), distance, slope, slope / scale, follows))
+    columns = ["totals", "queries", "Pearson", "total variation", "slope", "slope / scale", "sum follows gain (r)"]
+    return pd.DataFrame(rows, columns=columns)
+
+
 def main() -> None:
     """Check, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -263,6 +297,8 @@ def main() -> None:
     show("", "Verdicts:", "", words.to_markdown(), "")
     far = distances(answered, name, asked)
     show("Total variation of shares from exact Shapley shares:", "", far.round(3).to_markdown(), "")
+    show("Owners' totals against exact Shapley values:", "")
+    show(owners(answered, scored, name, asked).round(3).to_markdown(index=False), "")
     value, n = coverage(made, asked, scored, *options.pairs)
     show(f"95 % intervals of scores hold the value from {MORE} × the draws in {value:.1%} of {n} pairs.", "")
     (PAPER / "results" / f"{name}-calibration.md").write_text("\n".join(lines), encoding="utf-8")

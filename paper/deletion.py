@@ -1,8 +1,9 @@
 """Whose removal hurts a picture most? Retrains without each method's top 5 % on a ground truth, and writes a table.
 
     python paper/comparison.py emoji --work work/emoji
-    python paper/deletion.py emoji --work work/emoji --workers 2 --methods ek-fac trak d-trak das
-    python paper/deletion.py letters --work work/letters --workers 2
+    python paper/deletion.py emoji --work work/emoji --workers 2
+    python paper/comparison.py letters --work work/letters
+    python paper/deletion.py letters --work work/letters --workers 2 --queries 3
 
 Every method ranks at its own best damping (of its LDS, for that kind of query), `gauss-newton` at its default one;
 a readout that keeps the sign and the order of scores, as the signed square does, removes the same images. Retrained
