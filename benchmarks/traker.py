@@ -93,7 +93,9 @@ def main() -> None:
         phi = ours[:TRAIN].double()
         h = phi.T @ phi / TRAIN
         lam_h = lam / TRAIN
-        solver = Curvature(torch.linalg.cholesky(h + lam_h * torch.eye(DIM)), lam_h, float(TRAIN))
+        solver = Curvature(
+            torch.linalg.cholesky(h + lam_h * torch.eye(DIM)), lam_h, float(TRAIN), unit=float(h.trace()) / DIM
+        )
         method = scoring.METHODS["trak"]
         v = scoring.precondition(method, ours[TRAIN:], solver, float(TRAIN))
         ids = [str(i) for i in range(TRAIN)]

@@ -1,0 +1,110 @@
+"""Owners' totals by features at the end of a fine-tune, at its base, and on the way, against exact Shapley values.
+
+    python paper/comparison.py letters --work work/letters
+    python paper/ways.py letters --work work/letters
+
+A point s of the way has the weights (1 − s) base + s fine-tune; of a LoRA, lora_B is scaled by s. Beside the features
+that comparison.py kept it takes those at s = 0 and ½, of 20 draws of an image and 64 of a query.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from comparison import DIM, Subject, horizon
+from ground_truth import PAPER
+
+from influence import evaluation, finetuning, metrics
+from influence.curvature import Curvature, curvature, solve
+from influence.evaluation import kept_shapley
+
+
+def at(subject: Subject, s: float) -> tuple[np.ndarray, np.ndarray]:
+    """φ of queries and images at a point of the way."""
+    names = [f"way-{side}-{s:g}" for side in ("query", "train")]
+    if not all((subject.folder / f"{name}.npy").exists() for name in names):
+        parameters = subject.denoiser.parameters
+        end = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        base = finetuning.weights(finetuning.start(subject.truth.base, subject.truth.recipe))
+        lora = subject.truth.recipe.lora_rank is not None
+        for name, parameter in parameters.items():
+            start = (end[name] if "lora_A" in name else 0 * end[name]) if lora else base[name]
+            parameter.data.copy_((1 - s) * start + s * end[name])
+        query, train = replace(subject.query, draws=64), replace(subject.train, draws=20)
+        for name, side in zip(names, (query, train), strict=True):
+            subject.kept(name, lambda side=side: subject.phi(side, "loss", 3, subject.sketch))
+        for name, parameter in parameters.items():
+            parameter.data.copy_(end[name])
+    query, train = (np.load(subject.folder / f"{name}.npy").astype(float) for name in names)
+    return query, train
+
+
+def factored(psi: np.ndarray, lam: float) -> Curvature:
+    """H + λI."""
+    blocks = [
+        (psi[first : first + 2000], np.ones(len(psi[first : first + 2000]))) for first in range(0, len(psi), 2000)
+    ]
+    return curvature(blocks, dim=DIM, damping=lam, num_rows=len(psi), absolute=True)
+
+
+def main() -> None:
+    """Print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("truth")
+    parser.add_argument("--work", type=Path, required=True, help="folder that ground_truth.py made")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    subject = Subject(options.truth, options.work)
+    n = len(subject.train.ids)
+    start, middle = at(subject, 0.0), at(subject, 0.5)
+    end = tuple(subject.mean_phi(side, "loss").astype(float) for side in (subject.query, subject.train))
+    psi = np.load(subject.folder / "loss-and-curvature.npy", mmap_mode="r")[n:]
+    lam = float(subject.kept("horizon", lambda: np.array(horizon(subject))))
+    inverse = factored(psi, lam)
+
+    def tau(q: np.ndarray, t: np.ndarray) -> np.ndarray:
+        return solve(inverse, torch.tensor(q)).numpy() @ t.T / n
+
+    path = tuple((a + b) / 2 for a, b in zip(start, end, strict=True))
+    simpson = tuple((a + 4 * b + c) / 6 for a, b, c in zip(start, middle, end, strict=True))
+    scores = {
+        "end": tau(*end),
+        "path": tau(*path),
+        "base alone": tau(*start),
+        "path with a third point half way (Simpson)": tau(*simpson),
+        "equal per work": np.ones((len(subject.query.ids), n)),
+    }
+    truth = subject.truth
+    kinds = np.array([query.kind for query in truth.queries])
+    runs = evaluation.half_runs(truth, 64, 2)
+    outcome = evaluation.outcomes(truth, runs, 1, lambda *_: None).reshape(64, 2, -1).mean(1)
+    masks = np.stack([run.members for run in runs[::2]])
+    _, exact = kept_shapley(PAPER / "truth" / options.truth)
+    measured = np.stack(list(exact.values()))
+    gain = measured.sum(0)
+    creators = np.array([item.creator for item in truth.items])
+    text = [f"{' / '.join(dict.fromkeys(kinds))}", "", "| totals | Pearson | total variation | slope | LDS ×100 | "
+            "sum follows gain (r) |", "|---|---|---|---|---|---|"]  # fmt: skip
+    for name, each in scores.items():
+        predicted = np.stack([each[:, creators == owner].sum(1) for owner in exact])
+        lds = metrics.correlations(metrics.predictions(each, masks), outcome)
+        cells: list[list[float]] = [[], [], [], [], []]
+        for kind in dict.fromkeys(kinds):
+            here = np.flatnonzero(kinds == kind)
+            with np.errstate(invalid="ignore"):
+                cells[0].append(np.mean([np.corrcoef(measured[:, q], predicted[:, q])[0, 1] for q in here]))
+                cells[4].append(np.corrcoef(gain[here], predicted[:, here].sum(0))[0, 1])
+            cells[1].append(metrics.total_variation(measured[:, here], predicted[:, here]).mean())
+            cells[2].append(metrics.slope(measured[:, here], predicted[:, here]))
+            cells[3].append(100 * lds[here].mean())
+        digits = (2, 2, 2, 0, 2)
+        joined = (" / ".join(f"{x:.{d}f}" for x in cell) for cell, d in zip(cells, digits, strict=True))
+        text.append(f"| {name} | " + " | ".join(joined) + " |")
+    print(*text, sep="\n", flush=True)
+    (PAPER / "results" / f"{options.truth}-ways.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
