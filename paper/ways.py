@@ -73,7 +73,7 @@ def main() -> None:
         "end": tau(*end),
         "path": tau(*path),
         "base alone": tau(*start),
-        "path with a third point half way (Simpson)": tau(*simpson),
+        "Simpson, s = 0, ½, 1": tau(*simpson),
         "equal per work": np.ones((len(subject.query.ids), n)),
     }
     truth = subject.truth
