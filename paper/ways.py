@@ -73,7 +73,7 @@ def main() -> None:
         "end": tau(*end),
         "path": tau(*path),
         "base alone": tau(*start),
-        "Simpson, s = 0, ½, 1": tau(*simpson),
+        "Simpson": tau(*simpson),
         "equal per work": np.ones((len(subject.query.ids), n)),
     }
     truth = subject.truth

@@ -14,15 +14,16 @@ INFLUENCE = str(Path(sys.executable).parent / "influence")
 
 
 def new_world(path):
-    """A model, a data set, and a store of them."""
+    """A model, its base, a data set, and a store of them."""
     tiny_ddpm(path / "ddpm")
+    tiny_ddpm(path / "base", seed=1)
     pictures(path / "data", count=12)
     build(path, path / "built.store")
     return path
 
 
 def build(world, store, *, data=None, **options):
-    defaults = {"dim": 16, "draws": DRAWS, "curvature_rows": 24, "batch_size": 6}
+    defaults = {"dim": 16, "draws": DRAWS, "curvature_rows": 24, "batch_size": 6, "base": world / "base"}
     return influence.build(data or world / "data", model=world / "ddpm", store=store, **defaults | options)
 
 

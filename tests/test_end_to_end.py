@@ -24,6 +24,7 @@ DRAWS = 4
 def world(tmp_path_factory):
     path = tmp_path_factory.mktemp("world")
     tiny_ddpm(path / "ddpm")
+    tiny_ddpm(path / "base", seed=1)
     tiny_stable_diffusion(path / "sd")
     tiny_lora(path / "sd", path / "lora")
     pictures(path / "data", count=10)
@@ -72,7 +73,7 @@ def same(a, b, tolerance=1e-5):
 
 @pytest.fixture(scope="module")
 def built(world):
-    build(world, world / "built.store")
+    build(world, world / "built.store", base=world / "base")
     return world / "built.store"
 
 
