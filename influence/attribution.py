@@ -17,19 +17,16 @@ from influence import store as stores
 from influence.curvature import Curvature
 from influence.ensemble import combined
 from influence.errors import OptionError, StoreError
-from influence.models import Denoiser
 from influence.pipeline import (
     DEFAULT_BATCH,
-    Loaded,
     Message,
     Progress,
     load_for,
     read,
     run_shards,
     silent,
-    with_changes,
 )
-from influence.queries import Queries, control_losses, load_base, read_queries
+from influence.queries import Queries, control_losses, load_base, read_queries, under_base
 from influence.scored import COLUMNS, Controls, Creators, Scored, creator_rows, query_rows
 from influence.scoring import METHODS, Groups
 from influence.shards import ShardContent
@@ -178,12 +175,12 @@ def score_one(
         raise StoreError(f"the controls of store {made.path.name} are not complete; run the same build again")
     device_of = str(next(iter(loaded.denoiser.parameters.values())).device)
     before = load_base(made, base, device_of, model=model if made.source["lora"] else None, lora=lora)
-    under_base = _under_base(made, loaded, before)
-    if chosen.path and under_base is None:
+    start = under_base(made, loaded, before)
+    if chosen.path and start is None:
         raise OptionError(f"path needs the model before the fine-tune: build store {made.path.name} with --base DIR")
-    along = chosen.path or (path and method == "gauss-newton" and under_base is not None)
+    along = chosen.path or (path and method == "gauss-newton" and start is not None)
     needed = [(part, chosen.family, loaded) for part in (made, controls)]
-    needed += [(part, "base", under_base) for part in (made, controls if chosen.path else None) if along]
+    needed += [(part, "base", start) for part in (made, controls if chosen.path else None) if along]
     for part, family, of in needed:
         if part is not None and part.missing(family):
             message(f"taking the gradients of {len(part.items)} images {_OTHER[family]} once, kept in the store")
@@ -234,17 +231,6 @@ def score_one(
 
 
 _OTHER = {"square": "of another output", "base": "under the model before the fine-tune", "loss": "of the loss"}
-
-
-def _under_base(made: Store, loaded: Loaded, before: Denoiser | None) -> Loaded | None:
-    """The base with the recipe of the fine-tune's features, if the store knows it and it has the same parameters."""
-    known = made.source["lora"] is not None or made.source.get("base_model") is not None
-    if before is None or not known:
-        return None
-    shapes = [{name: p.shape for name, p in each.parameters.items()} for each in (before, loaded.denoiser)]
-    if shapes[0] != shapes[1]:
-        return None
-    return Loaded(before, loaded.spec, with_changes(loaded.recipe, parameters=before.parameters))
 
 
 @dataclass(frozen=True)

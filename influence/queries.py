@@ -94,6 +94,20 @@ def load_base(
     return found
 
 
+def under_base(made: Store, loaded: Loaded, before: Denoiser | None) -> Loaded | None:
+    """The base with the recipe of the fine-tune's features; `None` if the store does not know which base it was.
+
+    A base whose parameters are others than the fine-tune's has no such features either.
+    """
+    known = made.source["lora"] is not None or made.source.get("base_model") is not None
+    if before is None or not known:
+        return None
+    shapes = [{name: p.shape for name, p in each.parameters.items()} for each in (before, loaded.denoiser)]
+    if shapes[0] != shapes[1]:
+        return None
+    return Loaded(before, loaded.spec, with_changes(loaded.recipe, parameters=before.parameters))
+
+
 def read_queries(
     loaded: Loaded,
     family: str,

@@ -5,8 +5,20 @@ from pathlib import Path
 
 from influence import store as stores
 from influence.errors import StoreError
-from influence.pipeline import DEFAULT_BATCH, Message, Progress, load_for, read, run_shards, silent
+from influence.pipeline import (
+    DEFAULT_BATCH,
+    BuildOptions,
+    Loaded,
+    Message,
+    Progress,
+    load_for,
+    read,
+    run_shards,
+    silent,
+)
+from influence.queries import load_base, under_base
 from influence.shards import FAMILIES
+from influence.store import Store
 from influence.verification import Problem, drop, verify
 
 
@@ -77,9 +89,30 @@ def repair(
             )
         for family in FAMILIES:
             numbers = {problem.shard for problem in damaged if problem.family == family and problem.shard is not None}
-            todo.append((made, family, numbers, loaded, options, data))
+            if numbers:
+                of = _model_of(made, family, loaded, options, model, lora)
+                todo.append((made, family, numbers, of, options, data))
     drop(folder, problems)
     for made, family, numbers, loaded, options, data in todo:
-        if numbers:
-            run_shards(made, family, loaded, options, data, 1, progress, message, only=numbers)
+        run_shards(made, family, loaded, options, data, 1, progress, message, only=numbers)
     return problems
+
+
+def _model_of(
+    made: Store,
+    family: str,
+    loaded: Loaded,
+    options: BuildOptions,
+    model: str | os.PathLike[str] | None,
+    lora: str | os.PathLike[str] | None,
+) -> Loaded:
+    """What a family's features were taken of: the fine-tuned model, or its base."""
+    if family != "base":
+        return loaded
+    device = str(next(iter(loaded.denoiser.parameters.values())).device)
+    found = under_base(
+        made, loaded, load_base(made, None, device, model=model if options.lora is not None else None, lora=lora)
+    )
+    if found is None:
+        raise StoreError(f"the base of store {made.path.name} has other parameters than its fine-tune; nothing dropped")
+    return found

@@ -42,6 +42,17 @@ def test_features_under_the_base_are_those_of_a_store_of_the_base(world):
     assert influence.verify(world / "s") == []
 
 
+def test_a_damaged_shard_of_the_base_is_built_again_of_the_base(world, tmp_path):
+    influence.attribute(world / "data" / "003.png", world / "s", method="path", draws=DRAWS)
+    store = shutil.copytree(world / "s", tmp_path / "s")
+    file = next((store / "shards").glob("base-*.h5"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100] + bytes(100))
+    assert [problem.family for problem in influence.verify(store)] == ["base"]
+    influence.repair(store)
+    assert file.read_bytes() == whole
+
+
 def test_scores_are_those_of_the_mean_of_the_features(world):
     picture = world / "data" / "003.png"
     table = influence.attribute(picture, world / "s", method="path", k=None, draws=DRAWS, damping=0.3)
