@@ -153,9 +153,11 @@ def read_queries(
             losses.append(found.loss_batch if found.loss_batch.size else found.loss[:, None])
         else:
             losses.append(_losses(loaded.denoiser, recipe, ids[-1], pixels, prompt))
-        if base is not None and features_of_base:
-            taken_base.append(take_arrays(base, of_base, ids[-1:], [pixels], [prompt]))
-        if base is not None:
+        if base is not None and features_of_base and family == "loss":
+            start = take_arrays(base, of_base, ids[-1:], [pixels], [prompt])
+            taken_base.append(start)
+            losses_base.append(start.loss_batch if start.loss_batch.size else start.loss[:, None])
+        elif base is not None:
             losses_base.append(_losses(base, of_base, ids[-1], pixels, prompt))
     progress("queries", len(paths), len(paths))
     return Queries(

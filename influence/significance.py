@@ -5,11 +5,12 @@ on an image did no more for the query than training on a stranger would have don
 (`score / (1 − h)`, see `curvature.leverage`) and theirs can be exchanged.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int32, Int64
 from scipy import stats
 
 from influence import keys
@@ -67,14 +68,18 @@ def group_null(
         controls: Scores of the controls.
         repeats: How many times.
     """
-    pool = np.concatenate([works, controls])
-    sums, step = [], max(1, _BLOCK // len(pool))
-    for start in range(0, repeats, step):
-        rows = min(step, repeats - start)
-        order = keys.uniform(("exchange", len(works), len(controls), start), rows * len(pool)).reshape(rows, -1)
-        chosen = np.argsort(order, 1)[:, : len(works)]
-        sums.append(pool[chosen] @ parts)
-    return np.sort(np.concatenate(sums))
+    pool, count = np.concatenate([works, controls]), len(works)
+    step = max(1, _BLOCK // len(pool))
+    blocks = [(start, min(step, repeats - start)) for start in range(0, repeats, step)]
+    draw = _exchanged if count * repeats <= _BLOCK else _exchanged.__wrapped__  # large ones are not worth the memory
+    return np.sort(np.concatenate([pool[draw(count, len(controls), *block)] @ parts for block in blocks]))
+
+
+@functools.lru_cache(maxsize=64)
+def _exchanged(works: int, controls: int, start: int, rows: int) -> Int32[np.ndarray, "rows works"]:
+    """Which of all works and controls stand in the works' places: the same for every query and creator of this size."""
+    order = keys.uniform(("exchange", works, controls, start), rows * (works + controls)).reshape(rows, -1)
+    return np.argsort(order, 1)[:, :works].astype(np.int32)
 
 
 def group_p_values(
