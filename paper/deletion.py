@@ -11,6 +11,7 @@ models are kept in the work folder; those that `paper/truth/` holds are not retr
 """
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,6 +96,7 @@ def main() -> None:
         workers=options.workers,
         progress=lambda stage, done, total: print(f"{stage} {done}/{total}", file=sys.stderr, flush=True),
     )
+    shutil.copy(subject.truth.folder / "runs.jsonl", PAPER / "truth" / options.truth / "runs.jsonl")
     text = summary(table)
     (PAPER / "results" / f"{options.truth}-deletion.md").write_text(text, encoding="utf-8")
     print(text)
