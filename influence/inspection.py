@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from influence import datasets, store, verification
+from influence import datasets, shards, store, verification
 from influence.errors import InfluenceError, OptionError
 
 _MAX_JSON = 16 << 20

@@ -48,7 +48,7 @@ def summary(table: pd.DataFrame) -> str:
     means = table.groupby(["kind", "query", "method"], sort=False)["rise"].mean().unstack()
     others = [name for name in means.columns if name != "gauss-newton"]
     lines = [
-        f"Rise of a query's loss (×10⁻³) when {FRACTION:.0%} of the training images are removed and the model is "
+        f"Rise of a query's loss (×10⁻³) when {FRACTION:.0%} of the training images are removed and the model is",
         f"retrained; mean of {table['query'].nunique()} queries and {table['seed'].nunique()} seeds.",
         "",
         "| removed: top of | " + " | ".join(means.index.unique("kind")) + " |",
