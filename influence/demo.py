@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from influence import attribution, datasets, figure, models, pipeline, training, typefaces
+from influence import attribution, datasets, figure, finetuning, models, pipeline, training, typefaces
 from influence.errors import OptionError
+from influence.finetuning import FineTune
 
-STEPS = 400
-BATCH = 32
-LEARNING_RATE = 5e-4
+RECIPE = FineTune(epochs=98, batch_size=32, learning_rate=5e-4, stratified=False)
 GENERATED = 6
 BASE = "demo_base"
 
@@ -65,7 +64,7 @@ def demo(
         queries = _generate(model, folder / "generated")
 
     with _timed(seconds, "build"):
-        pipeline.build(dataset, model=model, store=store, progress=progress, message=message)
+        pipeline.build(dataset, model=model, base=base, store=store, progress=progress, message=message)
 
     with _timed(seconds, "attribute"):
         table = attribution.attribute(queries, store, progress=progress, message=message)
@@ -93,20 +92,11 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 def _fine_tune(base: Path, out: Path, x0: torch.Tensor, progress: Callable[[str, int, int], Any]) -> None:
     """Train all weights of the base on the letters, and save the pipeline."""
-    denoiser = models.load_denoiser(base)
-    denoiser.network.requires_grad_(True)
-    training.train(
-        denoiser.network,
-        denoiser.schedule,
-        x0,
-        steps=STEPS,
-        batch_size=BATCH,
-        learning_rate=LEARNING_RATE,
-        seed=0,
-        learning_rate_schedule="cosine",
-        progress=lambda step, _: progress("fine-tune", step, STEPS),
+    denoiser, steps = finetuning.start(base, RECIPE), RECIPE.steps(len(x0))
+    finetuning.fine_tune(
+        denoiser, RECIPE, x0, None, seed=0, progress=lambda step, _: progress("fine-tune", step, steps)
     )
-    models.save_denoiser(denoiser, out, base=base)
+    finetuning.save(denoiser, RECIPE, out, base=base)
 
 
 def _generate(model: Path, out: Path) -> list[Path]:
