@@ -178,6 +178,11 @@ def score_one(
     start = under_base(made, loaded, before)
     if chosen.path and start is None:
         raise OptionError(f"path needs the model before the fine-tune: build store {made.path.name} with --base DIR")
+    if path and before is not None and start is None:
+        message(
+            "creators' totals are of the end of the fine-tune, not of the whole way: build the store with "
+            "--base DIR, of a base that has the same parameters"
+        )
     along = chosen.path or (path and method == "gauss-newton" and start is not None)
     needed = [(part, chosen.family, loaded) for part in (made, controls)]
     needed += [(part, "base", start) for part in (made, controls if chosen.path else None) if along]
