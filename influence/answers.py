@@ -16,13 +16,12 @@ import torch
 from scipy import stats
 
 from influence import nearcopies, royalties, significance, similarity, verdicts
-from influence.attribution import Stores, score
+from influence.attribution import Stores, listed, score
 from influence.errors import OptionError
 from influence.evaluation import kept_shapley
 from influence.pipeline import DEFAULT_BATCH, Message, Progress, silent
 from influence.royalties import BASE_MODEL, DEFAULT_ESTIMATOR, ESTIMATORS, UNATTRIBUTED, Evidence
 from influence.scored import Controls, Creators, Scored, styles
-from influence.store import Store
 from influence.verdicts import Verdict
 
 ALL = "ALL"
@@ -107,8 +106,7 @@ def answer(
         raise OptionError(f"{found}; expected a finite one from 0 up for each, not all 0")
     if len(set(paths)) < len(paths):
         raise OptionError("a picture is given twice; give it once, with a usage of 2")
-    one = store if isinstance(store, (str, os.PathLike, Store)) else store[0]
-    clusters = nearcopies.duplicate_clusters(one, dataset=dataset, progress=progress)
+    clusters = nearcopies.duplicate_clusters(listed(store)[0], dataset=dataset, progress=progress)
     scored = score(
         paths, store, k=k, method=method, damping=damping, draws=draws, prompt=prompt, intervals=True, model=model,
         lora=lora, base=base, engine=engine, batch_size=batch_size, memory=memory, device=device, progress=progress,

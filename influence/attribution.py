@@ -100,6 +100,18 @@ def attribute(
     ).table  # fmt: skip
 
 
+def listed(store: Stores) -> list[str | os.PathLike[str] | Store]:
+    """One store or several, as a list.
+
+    Raises:
+        OptionError: There is none.
+    """
+    given = [store] if isinstance(store, (str, os.PathLike, Store)) else list(store)
+    if not given:
+        raise OptionError("there is no store; give one, or several of the same data set")
+    return given
+
+
 def score(
     images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     store: Stores,
@@ -115,9 +127,7 @@ def score(
     Raises:
         InfluenceError: As for `attribute`.
     """
-    given = [store] if isinstance(store, (str, os.PathLike, Store)) else list(store)
-    if not given:
-        raise OptionError("there is no store; give one, or several of the same data set")
+    given = listed(store)
     where = {"intervals": intervals, "model": model, "lora": lora}
     if len(given) == 1:
         return score_one(images, given[0], k=k, **where, **options)

@@ -333,6 +333,8 @@ def _own_damping(
 ) -> float | None:
     """λ of the fine-tune's own steps; of a store that is there already, what it has."""
     if (path / "store.json").exists():
+        if recipe is not None:
+            message(f"store {path.name} keeps the damping that it was made with: --recipe is not read again")
         return store.open_store(path).source.get("damping")
     trained = own_recipe(options, recipe)
     if trained is None:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from comparison import DIM, DRAWS, Side, Subject, horizon
+from comparison import DIM, DRAWS, Side, Subject, halves, horizon
 from ground_truth import PAPER
 
-from influence import diffusion, evaluation, keys, metrics
+from influence import diffusion, keys, metrics
 from influence.curvature import curvature, solve
 from influence.gradients import Inputs, Output
 
@@ -96,11 +96,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     subject = Subject(options.truth, options.work)
-    truth = subject.truth
-    runs = evaluation.half_runs(truth, 64, 2)
-    outcome = evaluation.outcomes(truth, runs, 1, lambda *_: None).reshape(64, 2, -1).mean(1)
-    masks = np.stack([run.members for run in runs[::2]])
-    kinds = np.array([query.kind for query in truth.queries])
+    masks, by_seed, kinds = halves(subject.truth)
+    outcome = by_seed.mean(0)
     named = list(dict.fromkeys(kinds))
     text = ["| changed | to | " + " | ".join(named) + " |", "|" + "---|" * (2 + len(named))]
     print(*text, sep="\n", flush=True)

@@ -114,6 +114,14 @@ class Subject:
         )
 
 
+def halves(truth: retraining.Truth) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Masks of the exact halves, −loss by seed, half and query, and the kinds of the queries."""
+    runs = evaluation.half_runs(truth, 64, 2)
+    by_seed = evaluation.outcomes(truth, runs, 1, lambda *_: None).reshape(64, 2, -1).transpose(1, 0, 2)
+    masks = np.stack([run.members for run in runs[::2]])
+    return masks, by_seed, np.array([query.kind for query in truth.queries])
+
+
 def preconditioned(
     query: np.ndarray, train: np.ndarray, rows: np.ndarray, lam: float | None = None
 ) -> dict[float, Scores]:
@@ -280,11 +288,7 @@ READOUTS: dict[str, Callable[[Scores], Scores]] = {"raw": lambda tau: tau, "sign
 
 def compare(subject: Subject, out: Path) -> pd.DataFrame:
     """The table: method, readout, kind of query; LDS at the best damping, chosen blindly, and at 0.1."""
-    truth = subject.truth
-    runs = evaluation.half_runs(truth, 64, 2)
-    by_seed = evaluation.outcomes(truth, runs, 1, lambda *_: None).reshape(64, 2, -1).transpose(1, 0, 2)
-    masks = np.stack([run.members for run in runs[::2]])
-    kinds = np.array([query.kind for query in truth.queries])
+    masks, by_seed, kinds = halves(subject.truth)
     outcome = by_seed.mean(0)
     rows: list[list[object]] = []
     scores = all_scores(subject)

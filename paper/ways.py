@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from comparison import DIM, Subject, horizon
+from comparison import DIM, Subject, halves, horizon
 from ground_truth import PAPER
 
-from influence import evaluation, finetuning, metrics
+from influence import finetuning, metrics
 from influence.curvature import Curvature, curvature, solve
 from influence.evaluation import kept_shapley
 
@@ -76,15 +76,12 @@ def main() -> None:
         "Simpson": tau(*simpson),
         "equal per work": np.ones((len(subject.query.ids), n)),
     }
-    truth = subject.truth
-    kinds = np.array([query.kind for query in truth.queries])
-    runs = evaluation.half_runs(truth, 64, 2)
-    outcome = evaluation.outcomes(truth, runs, 1, lambda *_: None).reshape(64, 2, -1).mean(1)
-    masks = np.stack([run.members for run in runs[::2]])
+    masks, by_seed, kinds = halves(subject.truth)
+    outcome = by_seed.mean(0)
     _, exact = kept_shapley(PAPER / "truth" / options.truth)
     measured = np.stack(list(exact.values()))
     gain = measured.sum(0)
-    creators = np.array([item.creator for item in truth.items])
+    creators = np.array([item.creator for item in subject.truth.items])
     text = [f"{' / '.join(dict.fromkeys(kinds))}", "", "| totals | Pearson | total variation | slope | LDS ×100 | "
             "sum follows gain (r) |", "|---|---|---|---|---|---|"]  # fmt: skip
     for name, each in scores.items():

@@ -91,6 +91,8 @@ def test_stores_that_cannot_be_averaged_are_refused(world, tmp_path):
         ask(world, [world / "s0", world / "s1"], model=world / "m0")
     with pytest.raises(OptionError, match="there is no store"):
         ask(world, [])
+    with pytest.raises(OptionError, match="there is no store"):
+        influence.answer(world / "query" / "000.png", [], draws=DRAWS)
 
 
 def test_the_command_line_takes_several_stores(world):
