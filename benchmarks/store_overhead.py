@@ -22,7 +22,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
 import influence
-from influence import keys, pipeline
+from influence import building, keys, taking
 from influence.store import Store
 
 
@@ -66,8 +66,8 @@ def main() -> None:
     gradients: list[float] = []
     commits: list[float] = []
     decoding: list[float] = []
-    pipeline.decode = timed(pipeline.decode, decoding, time.process_time)
-    pipeline.take = timed(pipeline.take, gradients, time.process_time)
+    taking.decode = timed(taking.decode, decoding, time.process_time)
+    building.take = timed(building.take, gradients, time.process_time)
     Store.commit = timed(Store.commit, commits, time.perf_counter)  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

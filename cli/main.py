@@ -130,7 +130,7 @@ def build(
     """  # noqa: D301
     if plan:
         with progress() as show:
-            costs = influence.plan(dataset, progress=show, message=say, **options)
+            costs = influence.plan(dataset, controls=controls, progress=show, message=say, **options)
         for name, value in costs.items():
             click.echo(f"{name:16}{_quantity(name, value)}")
         return

@@ -26,8 +26,9 @@ from influence.finetuning import FineTune
 from influence.gradients import ENGINES
 from influence.holdout import hold_out
 from influence.inspection import inspect
+from influence.loading import DEFAULT_BATCH
 from influence.nearcopies import duplicate_clusters, near_copies
-from influence.pipeline import DEFAULT_BATCH, build
+from influence.pipeline import build
 from influence.planning import plan
 from influence.projection import PROJECTIONS
 from influence.repair import repair

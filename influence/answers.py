@@ -19,7 +19,8 @@ from influence import nearcopies, royalties, significance, similarity, verdicts
 from influence.attribution import Stores, listed, score
 from influence.errors import OptionError
 from influence.evaluation import kept_shapley
-from influence.pipeline import DEFAULT_BATCH, Message, Progress, silent
+from influence.loading import DEFAULT_BATCH
+from influence.progress import Message, Progress, silent
 from influence.royalties import BASE_MODEL, DEFAULT_ESTIMATOR, ESTIMATORS, UNATTRIBUTED, Evidence
 from influence.scored import Controls, Creators, Scored, styles
 from influence.verdicts import Verdict

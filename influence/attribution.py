@@ -14,18 +14,13 @@ from jaxtyping import Float64
 from influence import curvature as curvatures
 from influence import scoring, significance
 from influence import store as stores
+from influence.building import run_shards
 from influence.curvature import Curvature
 from influence.ensemble import combined
 from influence.errors import OptionError, StoreError
-from influence.pipeline import (
-    DEFAULT_BATCH,
-    Message,
-    Progress,
-    load_for,
-    read,
-    run_shards,
-    silent,
-)
+from influence.loading import DEFAULT_BATCH, load_for
+from influence.pipeline import read
+from influence.progress import Message, Progress, silent
 from influence.queries import Queries, control_losses, load_base, read_queries, under_base
 from influence.scored import COLUMNS, Controls, Creators, Scored, creator_rows, query_rows
 from influence.scoring import METHODS, Groups

@@ -14,6 +14,7 @@ import torch
 from influence import attribution, datasets, figure, finetuning, models, pipeline, training, typefaces
 from influence.errors import OptionError
 from influence.finetuning import FineTune
+from influence.progress import Message, Progress, silent
 
 RECIPE = FineTune(epochs=98, batch_size=32, learning_rate=5e-4, stratified=False)
 GENERATED = 6
@@ -23,8 +24,8 @@ BASE = "demo_base"
 def demo(
     out: str | os.PathLike[str] = "influence-demo",
     *,
-    progress: pipeline.Progress = pipeline.silent,
-    message: pipeline.Message = pipeline.silent,
+    progress: Progress = silent,
+    message: Message = silent,
 ) -> dict[str, Any]:
     """Render a data set, fine-tune, generate, build a store, attribute, and draw the answer.
 

@@ -1,17 +1,19 @@
 """Checks of a user's own store, without retraining: would scores come out the same again, and do they mean anything?"""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from influence import attribution, datasets, keys, metrics, pipeline, scoring, training
+from influence import attribution, datasets, keys, loading, metrics, pipeline, scoring, taking, training
 from influence.curvature import Curvature, curvature
 from influence.errors import OptionError
 from influence.features import Features
-from influence.pipeline import Loaded, Message, Progress, silent
+from influence.loading import Loaded
+from influence.progress import Message, Progress, silent
 from influence.queries import read_queries
 from influence.scoring import METHODS
 from influence.store import Store
@@ -56,7 +58,7 @@ def doctor(
     if store.spec.conditional and len(prompts or ()) != len(images):
         raise OptionError(f"there are {len(prompts or ())} prompts for {len(images)} pictures; pass one for each")
     attribution.require_complete(store)
-    loaded, _ = pipeline.load_for(
+    loaded, _ = loading.load_for(
         store, model=None, lora=None, draws=draws, engine="auto", batch_size=64, device=device, message=message
     )
     data = pipeline.read(store.source["dataset"], loaded.denoiser, store.source["creator_column"], silent, silent)
@@ -143,7 +145,7 @@ def _train_features(
     loaded: Loaded, store: Store, items: Sequence[datasets.Item], *, seed: int | None = None, batch_size: int = 64
 ) -> Features:
     """Features of training images, as a build takes them or from draws of another seed."""
-    recipe = pipeline.with_changes(
+    recipe = replace(
         loaded.recipe,
         role="train",
         num_draws=store.build["draws"],
@@ -151,11 +153,11 @@ def _train_features(
         seed=store.spec.seed if seed is None else seed,
         batch_size=batch_size,
     )
-    return pipeline.take(loaded.denoiser, recipe, items)
+    return taking.take(loaded.denoiser, recipe, items)
 
 
 def _queries(loaded: Loaded, queries: Sequence[tuple[Path, str | None]], seed: int) -> np.ndarray:
-    recipe = pipeline.with_changes(loaded.recipe, seed=seed)
+    recipe = replace(loaded.recipe, seed=seed)
     paths, prompts = [path for path, _ in queries], [prompt for _, prompt in queries]
     prompts = prompts if loaded.denoiser.conditional else [None] * len(paths)
     changed = Loaded(loaded.denoiser, loaded.spec, recipe)

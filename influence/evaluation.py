@@ -20,7 +20,7 @@ from PIL import Image
 from influence import datasets, finetuning, keys, metrics, retraining, training
 from influence.attribution import attribute
 from influence.errors import OptionError
-from influence.pipeline import Progress, silent
+from influence.progress import Progress, silent
 from influence.retraining import Query, Retrainer, Run, Truth
 from influence.store import Store
 

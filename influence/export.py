@@ -17,7 +17,8 @@ from influence import store as stores
 from influence import tables
 from influence.answers import Answers, answer
 from influence.errors import OptionError
-from influence.pipeline import LIBRARIES, Message, Progress, silent
+from influence.pipeline import LIBRARIES
+from influence.progress import Message, Progress, silent
 from influence.royalties import ESTIMATORS
 
 _OPTIONS = ("k", "method", "damping", "draws", "prompt", "usage", "pool", "currency", "embedding", "dataset", "model",

@@ -16,9 +16,10 @@ from influence import commit, datasets, nearcopies, training
 from influence import store as stores
 from influence.contactsheet import Pair, contact_sheet
 from influence.errors import OptionError
+from influence.loading import load_for
 from influence.models import Denoiser
 from influence.nearcopies import near_copies
-from influence.pipeline import Message, Progress, load_for, silent
+from influence.progress import Message, Progress, silent
 from influence.store import Store
 
 PER_CAPTION, UNCONDITIONAL = 4, 64

@@ -113,7 +113,14 @@ def members(table: pa.Table) -> dict[int, list[str]]:
 
 
 def add(
-    folder: Path, temporary: Path, files: pd.DataFrame, *, dim: int, curvature_rate: float, out: Exclusions
+    folder: Path,
+    temporary: Path,
+    files: pd.DataFrame,
+    *,
+    dim: int,
+    curvature_rate: float,
+    batches: int,
+    out: Exclusions,
 ) -> None:
     """Commit a new table, if these are other files than those of the latest.
 
@@ -123,6 +130,7 @@ def add(
         files: One row for each file, with `ITEM_COLUMNS`.
         dim: k; with the next, decides how many images a shard holds.
         curvature_rate: Curvature rows per image.
+        batches: Batches of draws whose features are kept.
         out: What is excluded: such images are not added, and may be missing.
 
     Raises:
@@ -132,14 +140,14 @@ def add(
     while not added:  # if another builder added a table at this very moment, this one must be compared with it
         latest = numbers(folder)
         old = read(folder, latest[-1]) if latest else SCHEMA.empty_table()
-        table = _assign(folder.parent.name, old, files, dim, curvature_rate, out)
+        table = _assign(folder.parent.name, old, files, dim, curvature_rate, batches, out)
         if latest and table.equals(old):
             return
         added = _commit(folder, temporary, table, latest[-1] + 1 if latest else 0)
 
 
 def _assign(
-    store: str, old: pa.Table, files: pd.DataFrame, dim: int, curvature_rate: float, out: Exclusions
+    store: str, old: pa.Table, files: pd.DataFrame, dim: int, curvature_rate: float, batches: int, out: Exclusions
 ) -> pa.Table:
     """Give new images, sorted by id, new shards."""
     known, before = _assigned(old), old.to_pandas()
@@ -157,7 +165,7 @@ def _assign(
         raise StoreError("the table of images has no rows, or rows without item_id")
     given = set(files["item_id"])
     new = sorted(given - set(known))
-    per_shard = images_per_shard(len(new), dim, curvature_rate)
+    per_shard = images_per_shard(len(new), dim, curvature_rate, batches)
     first = max(known.values(), default=-1) + 1
     known |= {item_id: first + i // per_shard for i, item_id in enumerate(new)}
     frame = files[list(ITEM_COLUMNS)].assign(shard=files["item_id"].map(known).astype("int64"))
@@ -169,9 +177,9 @@ def _assign(
     return _checked(table, "the table of images")
 
 
-def images_per_shard(count: int, dim: int, curvature_rate: float) -> int:
+def images_per_shard(count: int, dim: int, curvature_rate: float, batches: int) -> int:
     """About 64 shards, of 8 images at least and 128 MB at most."""
-    bytes_per_image = 4 * dim * (1 + curvature_rate)
+    bytes_per_image = dim * (4 * (1 + curvature_rate) + 2 * batches)
     return max(1, min(max(8, -(-count // 64)), int(_SHARD_BYTES / bytes_per_image)))
 
 

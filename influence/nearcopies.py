@@ -18,8 +18,9 @@ from influence import datasets, similarity
 from influence import store as stores
 from influence.datasets import Item
 from influence.errors import DatasetError, OptionError, StoreError
+from influence.loading import load_for
 from influence.models import Denoiser
-from influence.pipeline import Message, Progress, load_for, silent
+from influence.progress import Message, Progress, silent
 from influence.similarity import SIDE
 from influence.store import Store
 

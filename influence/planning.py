@@ -3,15 +3,18 @@
 import os
 import time
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from influence import diffusion, features, pipeline, shards
+from influence import diffusion, features, loading, pipeline, shards, taking
 from influence import items as tables
+from influence.features import Recipe
 from influence.horizon import BATCHES, ROWS
 from influence.memory import peak
-from influence.pipeline import Message, Progress, silent
+from influence.progress import Message, Progress, silent
 
 Shape = tuple[bool, int, int]
 """Of a forward: whether it gives curvature rows, its rows of φ, and the draws of each."""
@@ -20,62 +23,92 @@ _SHARDS = 8  # of which forwards are counted; the others are like them
 _FILES, _ROW = 4000, 100  # bytes of a shard's HDF5 structures and record, and of an image in the table
 
 
+def forwards(recipe: Recipe, ids: Sequence[str], per_shard: int) -> tuple[dict[Shape, float], dict[Shape, np.ndarray]]:
+    """Rows (image, draw) in forwards of each shape that a build over images takes, and the draws of the first of each.
+
+    Args:
+        recipe: What is taken of an image.
+        ids: The images' ids, sorted.
+        per_shard: Images of a shard.
+    """
+    firsts = range(0, len(ids), per_shard * -(-len(ids) // (per_shard * _SHARDS)))
+    counted = [ids[first : first + per_shard] for first in firsts]
+    whole = len(ids) / sum(map(len, counted))
+    counts: Counter[Shape] = Counter()
+    draws: dict[Shape, np.ndarray] = {}
+    for shard in counted:
+        for first in range(0, len(shard), recipe.batch_size):  # as `taking.take` takes them
+            for _, which, curvature in features.forwards(recipe, shard[first : first + recipe.batch_size]):
+                shape = (curvature, *which.shape)
+                draws.setdefault(shape, which)
+                counts[shape] += which.size
+    return {shape: whole * count for shape, count in counts.items()}, draws
+
+
 def plan(
     dataset: str | os.PathLike[str],
     *,
     model: str | os.PathLike[str],
     lora: str | os.PathLike[str] | None = None,
     curvature_rows: int | None = None,
+    controls: str | os.PathLike[str] | None = None,
     creator_column: str | None = None,
     memory: str | None = None,
     progress: Progress = silent,
     message: Message = silent,
     **options: Any,
 ) -> dict[str, Any]:
-    """Say what a build in one process would cost, without controls; takes the options of `build` and writes nothing.
+    """Say what a build in one process would cost; takes the options of `build` and writes nothing.
 
     Returns:
-        Images, draws, curvature rows, batch size, parameters, engine, device, and bytes on disk, bytes of memory at the
-        highest, seconds.
+        Images, controls, draws, curvature rows, batch size, parameters, engine, device, and bytes on disk, bytes of
+        memory at the highest, seconds.
 
     Raises:
         InfluenceError: An input cannot be used.
     """
     recipe_file = options.pop("recipe", None)
-    for name in ("store", "workers", "controls", "base"):
+    for name in ("store", "workers", "base"):
         options.pop(name, None)
     start = time.perf_counter()
-    chosen = pipeline.BuildOptions(str(dataset), str(model), None if lora is None else str(lora), **options)
-    loaded = pipeline.load(chosen, message)
+    chosen = loading.BuildOptions(str(dataset), str(model), None if lora is None else str(lora), **options)
+    loaded = loading.load(chosen, message)
     data = pipeline.read(dataset, loaded.denoiser, creator_column, progress, message)
+    others = None
+    if controls is not None:
+        members = {item.item_id for item in data.items}
+        others = pipeline.read_controls(controls, loaded.denoiser, creator_column, members, message)
     _, rate = pipeline.curvature_budget(loaded, chosen, data, curvature_rows)
     setup = time.perf_counter() - start
     kept = pipeline.COPIES * pipeline.shard_bytes(loaded, chosen, data, rate)
     if memory is not None:
-        loaded, chosen = pipeline.within_memory(loaded, chosen, memory, kept, message)
-    items = sorted({item.item_id: item for item in data.items}.values(), key=lambda item: item.item_id)
-    n, k, denoiser = len(items), loaded.spec.dim, loaded.denoiser
-    recipe = pipeline.with_changes(loaded.recipe, curvature_rate=rate)
+        loaded, chosen = loading.within_memory(loaded, chosen, memory, kept, message)
+    denoiser, k = loaded.denoiser, loaded.spec.dim
+    recipe = replace(loaded.recipe, curvature_rate=rate)
 
-    per_shard = tables.images_per_shard(n, k, rate)
-    firsts = range(0, n, per_shard * -(-n // (per_shard * _SHARDS)))
-    counted = [[item.item_id for item in items[first : first + per_shard]] for first in firsts]
+    rows: dict[Shape, float] = {}
     draws: dict[Shape, np.ndarray] = {}
-    counts: Counter[Shape] = Counter()
-    for ids in counted:
-        for first in range(0, len(ids), recipe.batch_size):  # as `pipeline.take` takes them
-            for _, which, curvature in features.forwards(recipe, ids[first : first + recipe.batch_size]):
-                shape = (curvature, *which.shape)
-                draws.setdefault(shape, which)
-                counts[shape] += 1
-    whole = n / sum(map(len, counted))
-    commonest = {shape[0]: shape for shape in sorted(counts, key=lambda shape: counts[shape] * shape[1] * shape[2])}
+    disk, sizes, batches = 0, [], diffusion.num_batches(chosen.draws)
+    for part, part_rate in ((data, rate), (others, 0.0)):
+        ids = [] if part is None else sorted({item.item_id for item in part.items})
+        sizes.append(len(ids))
+        if not ids:
+            continue
+        per_shard = tables.images_per_shard(len(ids), k, part_rate, batches)
+        found, which = forwards(replace(recipe, curvature_rate=part_rate), ids, per_shard)
+        draws = which | draws
+        rows |= {shape: rows.get(shape, 0.0) + count for shape, count in found.items()}
+        psi_rows = round(sum(count for shape, count in found.items() if shape[0]))
+        layout = shards.layout(len(ids), psi_rows, k, batches)
+        disk += shards.size(layout) + _FILES * -(-len(ids) // per_shard) + _ROW * len(ids)
+    commonest = {shape[0]: shape for shape in sorted(rows, key=rows.__getitem__)}
 
+    items = sorted({item.item_id: item for item in data.items}.values(), key=lambda item: item.item_id)
     sample = items[: max(shape[1] for shape in commonest.values())]
     ids, captions = [item.item_id for item in sample], [item.caption for item in sample]
     start = time.perf_counter()
-    x0, cond = pipeline.encoded(denoiser, pipeline.decode(denoiser, sample), captions)
-    seconds = setup + (time.perf_counter() - start) * n / len(sample)
+    x0, cond = taking.encoded(denoiser, taking.decode(denoiser, sample), captions)
+    seconds = setup + (time.perf_counter() - start) * sum(sizes) / len(sample)
     highest = 0
     for curvature, shape in commonest.items():
         images = np.arange(shape[1]) % len(sample)
@@ -88,23 +121,22 @@ def plan(
         start = time.perf_counter()
         work()  # … and the second is the price
         per_row = (time.perf_counter() - start) / (shape[1] * shape[2])
-        seconds += whole * per_row * sum(count * s[1] * s[2] for s, count in counts.items() if s[0] == curvature)
+        seconds += per_row * sum(count for s, count in rows.items() if s[0] == curvature)
         if not curvature and pipeline.own_recipe(chosen, recipe_file) is not None:
             seconds += per_row * BATCHES * ROWS  # at least: a plain pass, without features
-    psi_rows = whole * sum(count * s[1] * s[2] for s, count in counts.items() if s[0])
-    layout = shards.layout(n, round(psi_rows), k, diffusion.num_batches(chosen.draws))
     return {
-        "images": n,
+        "images": sizes[0],
+        "controls": sizes[1],
         "files": len(data.items),
         "refused": len(data.refused),
         "draws": chosen.draws,
-        "curvature_rows": round(psi_rows),
+        "curvature_rows": round(sum(count for shape, count in rows.items() if shape[0])),
         "parameters": sum(parameter.numel() for parameter in denoiser.parameters.values()),
         "dim": k,
         "engine": recipe.engine,
         "device": str(x0.device),
         "batch_size": recipe.batch_size,
-        "disk_bytes": shards.size(layout) + _FILES * -(-n // per_shard) + _ROW * n,
+        "disk_bytes": disk,
         "memory_bytes": highest + kept,
         "seconds": seconds,
     }

@@ -12,9 +12,11 @@ from jaxtyping import Float32
 from influence import datasets, features, models
 from influence.errors import DatasetError, GradientError, OptionError
 from influence.features import Recipe
+from influence.loading import Loaded
 from influence.models import Denoiser
-from influence.pipeline import Loaded, Message, Progress, decode, encoded, take_arrays, with_changes
+from influence.progress import Message, Progress
 from influence.store import Store
+from influence.taking import decode, encoded, take_arrays
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def under_base(made: Store, loaded: Loaded, before: Denoiser | None) -> Loaded |
     shapes = [{name: p.shape for name, p in each.parameters.items()} for each in (before, loaded.denoiser)]
     if shapes[0] != shapes[1]:
         return None
-    return Loaded(before, loaded.spec, with_changes(loaded.recipe, parameters=before.parameters))
+    return Loaded(before, loaded.spec, replace(loaded.recipe, parameters=before.parameters))
 
 
 def read_queries(
@@ -135,9 +137,9 @@ def read_queries(
         GradientError: A loss or gradient is not finite.
     """
     channels, height, width = loaded.denoiser.image_size
-    recipe = with_changes(loaded.recipe, role="query", output=family, curvature_rate=0.0)
+    recipe = replace(loaded.recipe, role="query", output=family, curvature_rate=0.0)
     ids, taken, losses, losses_base, taken_base = [], [], [], [], []
-    of_base = None if base is None else with_changes(recipe, parameters=base.parameters)
+    of_base = None if base is None else replace(recipe, parameters=base.parameters)
     for done, (path, prompt) in enumerate(zip(paths, prompts, strict=True)):
         progress("queries", done, len(paths))
         image, notes = datasets.decode(Path(path))
@@ -213,7 +215,7 @@ def control_losses(
             f"{controls.source['dataset']} lacks {len(absent)} of the {len(ids)} controls, {absent[0]} first; "
             "put them back: their losses under the base are needed once"
         )
-    recipe = with_changes(loaded.recipe, num_draws=controls.build["draws"], curvature_rate=0.0)
+    recipe = replace(loaded.recipe, num_draws=controls.build["draws"], curvature_rate=0.0)
     found = np.empty(len(ids), np.float32)
     for i, item_id in enumerate(ids):
         progress("controls under the base", i, len(ids))

@@ -4,18 +4,11 @@ import os
 from pathlib import Path
 
 from influence import store as stores
+from influence.building import run_shards
 from influence.errors import StoreError
-from influence.pipeline import (
-    DEFAULT_BATCH,
-    BuildOptions,
-    Loaded,
-    Message,
-    Progress,
-    load_for,
-    read,
-    run_shards,
-    silent,
-)
+from influence.loading import DEFAULT_BATCH, BuildOptions, Loaded, load_for
+from influence.pipeline import read
+from influence.progress import Message, Progress, silent
 from influence.queries import load_base, under_base
 from influence.shards import FAMILIES
 from influence.store import Store

@@ -10,7 +10,7 @@ from jaxtyping import Float, Float64
 from scipy import sparse
 
 from influence import significance
-from influence.pipeline import Loaded
+from influence.loading import Loaded
 from influence.queries import ControlLosses, Queries
 from influence.store import Store
 

@@ -108,7 +108,8 @@ def create(
     Args:
         path: The folder.
         spec: What identifies the features.
-        build: What else decides the rows: compared when the store exists. `curvature_rate` sizes the shards.
+        build: What else decides the rows: compared when the store exists. `curvature_rate` and `batches` size
+            the shards.
         source: Where things came from: kept as first written.
         items: One row for each file, with `ITEM_COLUMNS`; caption and licence may be missing.
 
@@ -141,7 +142,8 @@ def create(
     _sweep(folder / "tmp")
     rate = kept.build.get("curvature_rate", 0.0)
     out = exclusions.read(folder / "exclusions")
-    tables.add(folder / "items", folder / "tmp", items, dim=spec.dim, curvature_rate=rate, out=out)
+    batches = kept.build.get("batches", 0)
+    tables.add(folder / "items", folder / "tmp", items, dim=spec.dim, curvature_rate=rate, batches=batches, out=out)
     return open_store(folder)
 
 

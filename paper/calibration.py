@@ -17,6 +17,7 @@ import shutil
 import string
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ import torch
 from scipy import stats
 
 import influence
-from influence import attribution, keys, metrics, pipeline, significance, typefaces
+from influence import attribution, keys, loading, metrics, pipeline, significance, taking, typefaces
 from influence.evaluation import kept_shapley
 from influence.queries import read_queries
 from influence.scored import Scored
@@ -174,16 +175,16 @@ def coverage(made: influence.Store, asked: pd.DataFrame, scored: Scored, count: 
     loaded = scored.loaded
     picked = asked.iloc[np.linspace(0, len(asked) - 1, count).round().astype(int)]
     prompts = picked["caption"].tolist()
-    more = pipeline.with_changes(loaded.recipe, num_draws=MORE * DRAWS)
+    more = replace(loaded.recipe, num_draws=MORE * DRAWS)
     exact = read_queries(
-        pipeline.Loaded(loaded.denoiser, loaded.spec, more), "loss", picked["path"].tolist(), prompts,
+        loading.Loaded(loaded.denoiser, loaded.spec, more), "loss", picked["path"].tolist(), prompts,
         lambda *_: None, say,
     )  # fmt: skip
     data = pipeline.read(made.source["dataset"], loaded.denoiser, None, lambda *_: None, lambda *_: None)
     items = sorted({item.item_id: item for item in data.items}.values(), key=lambda item: item.item_id)
     items = [items[i] for i in np.linspace(0, len(items) - 1, images).round().astype(int)]
-    train = pipeline.with_changes(loaded.recipe, role="train", num_draws=MORE * made.build["draws"], curvature_rate=0.0)
-    phi = np.concatenate([pipeline.take(loaded.denoiser, train, [item]).phi for item in items])
+    train = replace(loaded.recipe, role="train", num_draws=MORE * made.build["draws"], curvature_rate=0.0)
+    phi = np.concatenate([taking.take(loaded.denoiser, train, [item]).phi for item in items])
     method = influence.METHODS["gauss-newton"]
     factored = attribution.solver(made, method, None)
     num_train = float(len(made.items))

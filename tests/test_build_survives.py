@@ -15,7 +15,7 @@ from stores import files
 from tiny_models import pictures
 
 import influence
-from influence import pipeline, store, verification
+from influence import building, store, taking, verification
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +27,11 @@ def world(tmp_path_factory):
 def test_an_image_without_finite_features_is_refused_by_name_and_the_others_are_bit_identical(
     world, tmp_path, monkeypatch, value
 ):
-    def load(item, load=pipeline.datasets.load, **options):
+    def load(item, load=taking.datasets.load, **options):
         pixels = load(item, **options)
         return np.full_like(pixels, value) if item.file_name == "003.png" else pixels
 
-    monkeypatch.setattr(pipeline.datasets, "load", load)
+    monkeypatch.setattr(taking.datasets, "load", load)
     said = []
     build(world, tmp_path / "s", message=said.append)
     made, whole = influence.open_store(tmp_path / "s"), rows_of(world / "built.store")
@@ -59,11 +59,11 @@ def test_weights_that_are_not_finite_stop_the_build_at_once_and_are_named(world,
 def test_a_build_after_pictures_were_added_takes_the_features_of_these_alone(world, tmp_path, monkeypatch):
     path, taken = copy(world, tmp_path), []
 
-    def take(denoiser, recipe, items, take=pipeline.take):
+    def take(denoiser, recipe, items, take=building.take):
         taken.extend(item.file_name for item in items)
         return take(denoiser, recipe, items)
 
-    monkeypatch.setattr(pipeline, "take", take)
+    monkeypatch.setattr(building, "take", take)
     before, kept = rows_of(path), files(path)
     build(world, path, data=pictures(tmp_path / "data", count=15))
     assert sorted(taken) == ["012.png", "013.png", "014.png"]

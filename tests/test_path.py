@@ -65,12 +65,12 @@ def test_scores_are_those_of_the_mean_of_the_features(world):
     h += 0.3 * np.trace(h) / 64 * np.eye(64)
     # grad-dot has rank 7 of 64: compare on the span, through features taken by the same call
     store = influence.open_store(world / "s")
-    loaded, _ = influence.pipeline.load_for(
+    loaded, _ = influence.loading.load_for(
         store, model=None, lora=None, draws=DRAWS, engine="auto", batch_size=64, device="cpu", message=print
     )
     base = influence.queries.load_base(store, None, "cpu")
     asked = influence.queries.read_queries(
-        loaded, "loss", [picture], [None], influence.pipeline.silent, influence.pipeline.silent, base, True
+        loaded, "loss", [picture], [None], influence.progress.silent, influence.progress.silent, base, True
     )
     for found, q, rows in zip(dots, (asked.phi, asked.phi_base), (phi, phi0), strict=True):
         by_item = found.set_index("item_id")["score"]

@@ -9,7 +9,7 @@ import pytest
 from tiny_models import pictures, tiny_ddpm, tiny_stable_diffusion
 
 import influence
-from influence import features, pipeline
+from influence import features, loading
 
 OPTIONS = {"dim": 512, "draws": 6, "curvature_rows": 40}
 MEASURED = """
@@ -35,6 +35,7 @@ def world(tmp_path_factory):
     tiny_ddpm(path / "ddpm")
     tiny_stable_diffusion(path / "sd")
     pictures(path / "data", count=20)
+    pictures(path / "controls", count=30)  # 20 of them are training images
     return path
 
 
@@ -68,17 +69,21 @@ def test_every_forward_of_the_build_is_counted(world, tmp_path, monkeypatch):
     real = features.forward
     monkeypatch.setattr(features, "forward", forward)
     monkeypatch.setattr("influence.planning.time.perf_counter", lambda: clock[0])
-    planned = influence.plan(world / "data", model=world / "ddpm", **OPTIONS)
+    options = {"model": world / "ddpm", "controls": world / "controls", **OPTIONS}
+    planned = influence.plan(world / "data", **options)
     taken.clear()
-    influence.build(world / "data", model=world / "ddpm", store=tmp_path / "s", **OPTIONS)
+    made = influence.build(world / "data", store=tmp_path / "s", **options)
     assert planned["seconds"] == pytest.approx(sum(taken))
+    assert (planned["images"], planned["controls"]) == (20, 10) == (len(made.items), len(made.controls().items))
+    disk = sum(p.stat().st_size for p in (tmp_path / "s").rglob("*") if p.is_file())
+    assert planned["disk_bytes"] == pytest.approx(disk, rel=0.2)
 
 
 def test_a_memory_chooses_the_batch_and_no_value_changes(world, tmp_path):
     said = []
     for name, more in (("a", {"batch_size": 5}), ("b", {"memory": "6GiB", "message": said.append})):
         influence.build(world / "data", model=world / "ddpm", store=tmp_path / name, **OPTIONS, **more)
-    assert f"batches of {pipeline.MAX_BATCH} rows (image, draw), for a memory of 6GiB" in said
+    assert f"batches of {loading.MAX_BATCH} rows (image, draw), for a memory of 6GiB" in said
     a, b = (list(influence.open_store(tmp_path / name).blocks()) for name in "ab")
     for first, second in zip(a, b, strict=True):
         for x, y in ((first.phi, second.phi), (first.psi, second.psi)):

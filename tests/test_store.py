@@ -153,11 +153,11 @@ def test_a_data_set_that_lost_images_is_refused(tmp_path):
         make(tmp_path / "s", 15)
 
 
-@given(st.integers(1, 10**7), st.integers(1, 10**6), st.floats(0, 100))
-def test_shards_are_neither_tiny_nor_huge(count, dim, rate):
-    size = items.images_per_shard(count, dim, rate)
+@given(st.integers(1, 10**7), st.integers(1, 10**6), st.floats(0, 100), st.integers(0, 16))
+def test_shards_are_neither_tiny_nor_huge(count, dim, rate, batches):
+    size = items.images_per_shard(count, dim, rate, batches)
     assert size >= 1
-    assert size == 1 or size * 4 * dim * (1 + rate) <= 128 << 20
+    assert size == 1 or shards.size(shards.layout(size, int(size * rate), dim, batches)) <= 129 << 20
     assert size <= max(8, -(-count // 64))
 
 
@@ -168,7 +168,8 @@ def test_shards_depend_on_the_set_of_ids_alone(ids, random):
     shuffled = random.sample(rows, len(rows))
     frames = [pd.DataFrame(r, columns=list(store.ITEM_COLUMNS)) for r in (rows, shuffled)]
     first, second = (
-        items.members(items._assign("s", items.SCHEMA.empty_table(), frame, 6, 1.0, Exclusions())) for frame in frames
+        items.members(items._assign("s", items.SCHEMA.empty_table(), frame, 6, 1.0, 2, Exclusions()))
+        for frame in frames
     )
     assert first == second
     assert sorted(i for shard in first.values() for i in shard) == sorted(r[0] for r in rows)
