@@ -4,11 +4,14 @@
     python paper/ablations.py emoji --work work/emoji
 
 Works on the features that comparison.py kept. A sketch of k/2 entries is the sum of the halves of one of k, since its
-buckets are (j + o) mod k. λ is the default's, in the same unit, in every line but those on damping.
+buckets are (j + o) mod k. λ and H are the default's in every line but those on them. Checkpoints are the weights at a
+part of the fine-tune's steps, from the same fine-tune done again; features there have 20 draws of an image and 64 of a
+query.
 """
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +19,12 @@ import torch
 from comparison import DIM, DRAWS, Side, Subject, halves, horizon
 from ground_truth import PAPER
 
-from influence import diffusion, keys, metrics
-from influence.curvature import curvature, solve
+from influence import diffusion, finetuning, keys, metrics
+from influence.curvature import Curvature, curvature, solve
 from influence.gradients import Inputs, Output
 
 Line = tuple[str, str, np.ndarray]
+CHECKPOINTS = (0.5, 0.75)
 
 
 def folded(rows: np.ndarray, dim: int) -> np.ndarray:
@@ -28,12 +32,16 @@ def folded(rows: np.ndarray, dim: int) -> np.ndarray:
     return np.asarray(rows).reshape(len(rows), -1, dim).sum(1)
 
 
-def scores(query: np.ndarray, train: np.ndarray, psi: np.ndarray, lam: float) -> np.ndarray:
-    """φ_qᵀ (H + λI)⁻¹ φ_i / N."""
+def inverse(psi: np.ndarray, lam: float) -> Curvature:
+    """H + λI of curvature rows, factored."""
     blocks = [
         (psi[first : first + 2000], np.ones(len(psi[first : first + 2000]))) for first in range(0, len(psi), 2000)
     ]
-    factored = curvature(blocks, dim=train.shape[1], damping=lam, num_rows=len(psi), absolute=True)
+    return curvature(blocks, dim=psi.shape[1], damping=lam, num_rows=len(psi), absolute=True)
+
+
+def scores(query: np.ndarray, train: np.ndarray, factored: Curvature) -> np.ndarray:
+    """φ_qᵀ (H + λI)⁻¹ φ_i / N."""
     return solve(factored, torch.tensor(query)).numpy() @ train.T.astype(np.float64) / len(train)
 
 
@@ -57,6 +65,41 @@ def independent(subject: Subject, side: Side, draws: int) -> np.ndarray:
     return np.stack(rows)
 
 
+def checkpoints(subject: Subject) -> dict[float, tuple[np.ndarray, np.ndarray]]:
+    """φ of queries and images under the weights at parts of the fine-tune's steps.
+
+    Raises:
+        SystemExit: The fine-tune, done again, does not end at the same weights.
+    """
+    sides = (replace(subject.query, draws=64), replace(subject.train, draws=20))
+    named = {part: [f"checkpoint-{side.role}-{part:g}" for side in sides] for part in CHECKPOINTS}
+    if not all((subject.folder / f"{name}.npy").exists() for names in named.values() for name in names):
+        end = finetuning.weights(subject.denoiser)
+        again = finetuning.start(subject.truth.base, subject.truth.recipe)
+        steps = subject.truth.recipe.steps(len(subject.train.ids))
+        reached = {round(part * steps): part for part in CHECKPOINTS}
+        kept: dict[float, dict[str, torch.Tensor]] = {}
+
+        def progress(step: int, _: float) -> None:
+            if step in reached:
+                kept[reached[step]] = finetuning.weights(again)
+
+        x0, cond = subject.train.x0, subject.train.cond
+        finetuning.fine_tune(again, subject.truth.recipe, x0, cond, seed=0, progress=progress)
+        differ = max(float((p - end[name]).abs().max()) for name, p in finetuning.weights(again).items())
+        if differ > 1e-3:
+            raise SystemExit(
+                f"the fine-tune, done again, ends {differ:.2g} from the model's weights; expected the same"
+            )
+        for part, names in named.items():
+            finetuning.set_weights(subject.denoiser, kept[part])
+            for name, side in zip(names, sides, strict=True):
+                subject.kept(name, lambda side=side: subject.phi(side, "loss", 3, subject.sketch))
+        finetuning.set_weights(subject.denoiser, end)
+    query, train = ([np.load(subject.folder / f"{names[i]}.npy") for names in named.values()] for i in (0, 1))
+    return dict(zip(named, zip(query, train, strict=True), strict=True))
+
+
 def lines(subject: Subject) -> Iterator[Line]:
     """What is changed, to what, and the scores."""
     n, draws = len(subject.train.ids), DRAWS
@@ -69,23 +112,31 @@ def lines(subject: Subject) -> Iterator[Line]:
     mean = (query[0] + query[1]) / 2
     lam = float(subject.kept("horizon", lambda: np.array(horizon(subject))))
     unit = float((psi.astype(np.float64) ** 2).sum() / len(psi)) / DIM
-    yield "default", f"k = {DIM}, {len(psi)} rows, λ = {lam / unit:.2g} tr(H)/k", scores(mean, train, psi, lam)
+    h = inverse(psi, lam)
+    yield "default", f"k = {DIM}, {len(psi)} rows, λ = {lam / unit:.2g} tr(H)/k", scores(mean, train, h)
     for dim in (DIM // 2, DIM // 4, DIM // 8):
-        yield "k", str(dim), scores(folded(mean, dim), folded(train, dim), folded(psi, dim), lam)
+        yield "k", str(dim), scores(folded(mean, dim), folded(train, dim), inverse(folded(psi, dim), lam))
     for every in (2, 4, 10, 40):
         kept = psi[np.arange(len(psi)) % draws % every == (item % every)]
-        yield "curvature rows of an image", str(draws // every), scores(mean, train, kept, lam)
+        yield "curvature rows of an image", str(draws // every), scores(mean, train, inverse(kept, lam))
     averaged = psi.reshape(n, draws, -1).mean(1) * draws**0.5
-    yield "curvature rows of an image", f"{draws} averaged into 1", scores(mean, train, averaged, lam)
+    yield "curvature rows of an image", f"{draws} averaged into 1", scores(mean, train, inverse(averaged, lam))
     for times in (0.1, 0.3, 3.0, 10.0):
-        yield "λ", f"{times:g} × the default", scores(mean, train, psi, times * lam)
+        yield "λ", f"{times:g} × the default", scores(mean, train, inverse(psi, times * lam))
+    late = checkpoints(subject)
+    each = [scores(mean, train, h), *(scores(*features, h) for features in late.values())]
+    yield "checkpoints", "scores at ½, ¾ and the end, averaged", sum(each) / len(each)
+    query_mean, train_mean = (sum(side) / len(side) for side in zip((mean, train), *late.values(), strict=True))
+    yield "checkpoints", "features at ½, ¾ and the end, averaged", scores(query_mean, train_mean, h)
+    for part, tau in zip(late, each[1:], strict=True):
+        yield "checkpoints", f"at {part:g} of the steps alone", tau
     more = (np.load(subject.folder / "loss-train-0.npy") + np.load(subject.folder / "loss-train-1.npy")) / 2
-    yield "draws of an image", str(2 * draws), scores(mean, more, psi, lam)
-    yield "draws of a query", "128", scores(query[0], train, psi, lam)
+    yield "draws of an image", str(2 * draws), scores(mean, more, h)
+    yield "draws of a query", "128", scores(query[0], train, h)
     plain = subject.kept("independent-query", lambda: independent(subject, subject.query, subject.query.draws))
-    yield "draws of a query", "128, not stratified, not antithetic", scores(np.asarray(plain), train, psi, lam)
+    yield "draws of a query", "128, not stratified, not antithetic", scores(np.asarray(plain), train, h)
     plain = subject.kept("independent-train", lambda: independent(subject, subject.train, draws))
-    yield "draws of an image", f"{draws}, not stratified, not antithetic", scores(mean, np.asarray(plain), psi, lam)
+    yield "draws of an image", f"{draws}, not stratified, not antithetic", scores(mean, np.asarray(plain), h)
 
 
 def main() -> None:
