@@ -367,6 +367,8 @@ def _queries(scored: Scored, made: Sequence[Verdict], copies: pd.DataFrame, shar
             "gain_se": row["gain_se"],
             "gain_p": row["gain_p"],
             "gain_p_null": gain_null,
+            "gain_bits": row["gain_bits"],
+            "gain_bits_se": row["gain_bits_se"],
             "near_copy": bool(mine["near_copy"].any()),
             "max_similarity": float(nearest["similarity"]),
             "max_similarity_item": nearest["item_id"],

@@ -378,7 +378,7 @@ def leverages(
         else:
             psi, item = torch.tensor(content.psi), torch.tensor(content.psi_item).long()
             found = curvatures.leverage(factored, phi, psi, item, float(groups.files.sum()))
-        h[groups.ids.get_indexer(pd.Index(content.item_ids))] = found.numpy()
+        h[groups.places(content.item_ids)] = found.numpy()
     h = np.where(np.isnan(h), np.nanmean(h), h)  # images without curvature rows
     weights = np.asarray(groups.files.sum(1)).ravel()
     h = np.minimum(h * weights, curvatures.MAX_LEVERAGE)
@@ -423,19 +423,19 @@ def _rank(
     images = np.bincount(groups.work)
     blocks = ((content.item_ids, content.phi) for content in _blocks(made, method))
     for ids, tau in scoring.scores(method, v, blocks):
-        here = groups.ids.get_indexer(pd.Index(ids))
+        here = groups.places(ids)
         adjusted = tau / (1 - h[here])
         if works is not None:
             np.add.at(works.T, groups.work[here], (adjusted / images[groups.work[here]]).T)
         best = [scoring.top(so_far, ids, row, limit) for so_far, row in zip(best, tau, strict=True)]
-        totals += scoring.group_totals(groups, ids, adjusted)
-        squares += scoring.group_totals(groups, ids, adjusted**2)
+        totals += scoring.group_totals(groups, here, adjusted)
+        squares += scoring.group_totals(groups, here, adjusted**2)
         for q, row in enumerate(strangers):
             above = significance.exceedances(adjusted[q], row)
             exceeded[q] += np.bincount(above, minlength=len(row) + 1)
     ranked = [(q, query, item_id, tau) for q, query in enumerate(asked.paths) for tau, item_id in best[q]]
     table = pd.DataFrame(ranked, columns=["number", "query", "item_id", "score"])
-    table["leverage"] = h[groups.ids.get_indexer(pd.Index(table["item_id"]))]
+    table["leverage"] = h[groups.places(table["item_id"].tolist())]
     table["score_adj"] = table["score"] / (1 - table["leverage"])
     table[["score_se", "score_low", "score_high", "p_value", "q_value"]] = np.nan
     for q, row in enumerate(strangers):
@@ -487,7 +487,7 @@ def _with_errors(
     flat, columns = parts.flatten(0, 1), np.ascontiguousarray(v.float().numpy().T)
     for content in _blocks(made, method, batches=True):
         ids, n = content.item_ids, len(content.item_ids)
-        here = groups.ids.get_indexer(pd.Index(ids))
+        here = groups.places(ids)
         one_query = np.empty((batches * count, n))
         if batches:
             ((_, one_query),) = scoring.scores(method, flat, [(ids, content.phi)])
@@ -498,7 +498,7 @@ def _with_errors(
         if method.cosine:
             one_train /= np.linalg.norm(content.phi, axis=1)
         for b in range(batches):
-            by_batch[b] += scoring.group_totals(groups, ids, one_query[b] / (1 - h[here]))
+            by_batch[b] += scoring.group_totals(groups, here, one_query[b] / (1 - h[here]))
         if len(one_train):
             spread = (one_train / (1 - h[here])).var(0, ddof=1) / len(one_train)
             variance += (groups.files[here].power(2).T @ spread.T).T

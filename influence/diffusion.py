@@ -5,12 +5,13 @@ draw is ℓ(x₀; t, ε) = w(t) · mean((f_θ(x_t, t, c) − y)²) with the targ
 (Ho et al., 2020; v-prediction: Salimans & Ho, 2022). Rows `[rows]` are (image, draw) pairs; the caller reduces.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 
 from influence import keys
@@ -95,6 +96,23 @@ def weight(schedule: NoiseSchedule, t: Int[Tensor, " rows"]) -> Float[Tensor, " 
         return torch.ones(t.shape, device=t.device)
     a = torch.tensor(schedule.alphas_cumprod, dtype=torch.float64, device=t.device)[t]
     return (a / (1 - a)).float()
+
+
+def bits(schedule: NoiseSchedule, t: Int[Tensor, " rows"]) -> Float64[Tensor, " rows"]:
+    """Weights of ℓ that make its mean over t the evidence bound, in bits per dimension.
+
+    T · ½ (SNR(t − 1) − SNR(t)) · mean((x₀ − x̂₀)²) / ln 2 with SNR = ᾱ / (1 − ᾱ) (Kingma et al., 2021, for the bound of
+    Ho et al., 2020), where the error of x̂₀ is that of the target times 1/SNR (epsilon), 1 − ᾱ (v) or 1 (sample). Left
+    out are the prior's term, in which no network stands, that of t = 0, which depends on how pixels are read out, and
+    for epsilon that of a t where x_t is noise alone, from which no x̂₀ follows.
+    """
+    a = torch.tensor(schedule.alphas_cumprod, dtype=torch.float64, device=t.device)
+    snr = a / (1 - a)
+    fallen = torch.cat([torch.zeros_like(snr[:1]), snr[:-1] - snr[1:]])
+    inverse = torch.where(snr > 0, 1 / snr, torch.zeros_like(snr))
+    error = {"epsilon": inverse, "v_prediction": 1 - a, "sample": torch.ones_like(a)}[schedule.prediction]
+    whole = schedule.num_timesteps * fallen * error / (2 * math.log(2))
+    return whole[t] / weight(schedule, t).double()
 
 
 def losses(

@@ -61,6 +61,7 @@ def combined(parts: Sequence[Scored], k: int | None) -> Scored:
         first.queries,
         loss=np.mean([part.queries.loss for part in parts], axis=0, dtype=np.float32),
         loss_base=_mean_or_none([part.queries.loss_base for part in parts]),
+        bits=_mean_or_none([part.queries.bits for part in parts]),
     )
     table = _ranked(_tested(table, first, controls), first.queries.paths, k)[COLUMNS]
     table.attrs = first.table.attrs | {
@@ -102,7 +103,7 @@ def _mean_or_none(values: Sequence[np.ndarray | float | None]) -> np.ndarray | f
     if len(known) < len(values):
         return None
     mean = np.mean(known, axis=0)
-    return mean.astype(np.float32) if isinstance(known[0], np.ndarray) else float(mean)
+    return mean.astype(known[0].dtype) if isinstance(known[0], np.ndarray) else float(mean)
 
 
 def _controls(parts: Sequence[Scored]) -> Controls | None:

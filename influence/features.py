@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor, nn
 
 from influence import diffusion, gradients
@@ -119,24 +119,27 @@ def losses(
     item_ids: Sequence[str],
     x0: Float[Tensor, "images *shape"],
     cond: Float[Tensor, "images tokens width"] | None,
-) -> Float32[np.ndarray, "images batches"]:
-    """Training loss of images, on the draws that their features have, by batch of draws: forwards alone.
+) -> tuple[Float32[np.ndarray, "images draws"], Int64[np.ndarray, "images draws"]]:
+    """Training loss of images and t, for each of the draws that their features have: forwards alone.
 
-    Two networks that are given the same draws can be compared draw by draw. One batch if they cannot be divided.
+    Two networks that are given the same draws can be compared draw by draw.
     """
-    batch = diffusion.batch_of(recipe.num_draws)
-    parts = np.stack([np.flatnonzero(batch == b) for b in range(batch.max() + 1)])
-    found = np.empty((len(item_ids), len(parts)), np.float32)
+    found = np.empty((len(item_ids), recipe.num_draws), np.float32)
+    steps = np.empty((len(item_ids), recipe.num_draws), np.int64)
     for i in range(len(item_ids)):
-        for b, part in enumerate(parts):
-            values = []
-            for start in range(0, len(part), recipe.batch_size):
-                which = part[None, start : start + recipe.batch_size]
-                clean, t, eps, condition = _rows(recipe, item_ids, x0, cond, np.array([i]), which)
-                prediction = network(diffusion.noised(recipe.schedule, clean, t, eps), t, condition)
-                values.append(diffusion.losses(recipe.schedule, prediction, clean, t, eps))
-            found[i, b] = torch.cat(values).mean().item()
-    return found
+        for start in range(0, recipe.num_draws, recipe.batch_size):
+            which = np.arange(start, min(start + recipe.batch_size, recipe.num_draws))
+            clean, t, eps, condition = _rows(recipe, item_ids, x0, cond, np.array([i]), which[None])
+            prediction = network(diffusion.noised(recipe.schedule, clean, t, eps), t, condition)
+            found[i, which] = diffusion.losses(recipe.schedule, prediction, clean, t, eps).cpu().numpy()
+            steps[i, which] = t.cpu().numpy()
+    return found, steps
+
+
+def by_batch(values: Float[np.ndarray, " draws"]) -> Float[np.ndarray, " parts"]:
+    """Means over the batches of draws (`diffusion.batch_of`); one batch if they cannot be divided."""
+    batch = diffusion.batch_of(len(values))
+    return np.array([values[batch == b].mean() for b in range(batch.max() + 1)], values.dtype)
 
 
 def _rows(

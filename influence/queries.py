@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32
+import torch
+from jaxtyping import Float32, Float64, Int64
 
-from influence import datasets, features, models
+from influence import datasets, diffusion, features, models
 from influence.errors import DatasetError, GradientError, OptionError
 from influence.features import Recipe
 from influence.loading import Loaded
@@ -33,6 +34,8 @@ class Queries:
     """Training loss under the fine-tuned model, by batch of draws; one batch if they cannot be divided."""
     loss_base: Float32[np.ndarray, "queries parts"] | None
     """Under the base, on the same draws; `None` if the base is not known."""
+    bits: Float64[np.ndarray, "queries parts"] | None = None
+    """What the fine-tune gained, in bits per dimension of the evidence bound; `None` if the base is not known."""
     phi_base: Float32[np.ndarray, "queries k"] | None = None
     """Features under the base, if they were wanted."""
     phi_base_batch: Float32[np.ndarray, "queries batches k"] | None = None
@@ -138,7 +141,7 @@ def read_queries(
     """
     channels, height, width = loaded.denoiser.image_size
     recipe = replace(loaded.recipe, role="query", output=family, curvature_rate=0.0)
-    ids, taken, losses, losses_base, taken_base = [], [], [], [], []
+    ids, taken, losses, losses_base, bits, taken_base = [], [], [], [], [], []
     of_base = None if base is None else replace(recipe, parameters=base.parameters)
     for done, (path, prompt) in enumerate(zip(paths, prompts, strict=True)):
         progress("queries", done, len(paths))
@@ -151,16 +154,15 @@ def read_queries(
         if not np.isfinite(found.phi).all():
             raise GradientError(f"{path}: its loss or gradient is not finite under this model")
         taken.append(found)
-        if family == "loss":
-            losses.append(found.loss_batch if found.loss_batch.size else found.loss[:, None])
-        else:
-            losses.append(_losses(loaded.denoiser, recipe, ids[-1], pixels, prompt))
+        after, t = _losses(loaded.denoiser, recipe, ids[-1], pixels, prompt)
+        losses.append(features.by_batch(after))
+        if base is not None:
+            start, _ = _losses(base, of_base, ids[-1], pixels, prompt)
+            losses_base.append(features.by_batch(start))
+            unit = diffusion.bits(recipe.schedule, torch.from_numpy(t)).numpy()
+            bits.append(features.by_batch(unit * (start.astype(np.float64) - after)))
         if base is not None and features_of_base and family == "loss":
-            start = take_arrays(base, of_base, ids[-1:], [pixels], [prompt])
-            taken_base.append(start)
-            losses_base.append(start.loss_batch if start.loss_batch.size else start.loss[:, None])
-        elif base is not None:
-            losses_base.append(_losses(base, of_base, ids[-1], pixels, prompt))
+            taken_base.append(take_arrays(base, of_base, ids[-1:], [pixels], [prompt]))
     progress("queries", len(paths), len(paths))
     return Queries(
         paths=[str(path) for path in paths],
@@ -168,15 +170,20 @@ def read_queries(
         item_ids=ids,
         phi=np.concatenate([found.phi for found in taken]),
         phi_batch=np.concatenate([found.phi_batch for found in taken]),
-        loss=np.concatenate(losses),
-        loss_base=np.concatenate(losses_base) if base is not None else None,
+        loss=np.stack(losses),
+        loss_base=np.stack(losses_base) if base is not None else None,
+        bits=np.stack(bits) if base is not None else None,
         phi_base=np.concatenate([found.phi for found in taken_base]) if taken_base else None,
         phi_base_batch=np.concatenate([found.phi_batch for found in taken_base]) if taken_base else None,
     )
 
 
-def _losses(model: Denoiser, recipe: Recipe, item_id: str, pixels: np.ndarray, prompt: str | None) -> np.ndarray:
-    return features.losses(model.network, recipe, [item_id], *encoded(model, [pixels], [prompt]))
+def _losses(
+    model: Denoiser, recipe: Recipe, item_id: str, pixels: np.ndarray, prompt: str | None
+) -> tuple[Float32[np.ndarray, " draws"], Int64[np.ndarray, " draws"]]:
+    """Training loss and t of each draw of a picture."""
+    found, t = features.losses(model.network, recipe, [item_id], *encoded(model, [pixels], [prompt]))
+    return found[0], t[0]
 
 
 @dataclass(frozen=True)
@@ -220,7 +227,7 @@ def control_losses(
     for i, item_id in enumerate(ids):
         progress("controls under the base", i, len(ids))
         item = there[item_id]
-        found[i] = _losses(base, recipe, item_id, decode(base, [item])[0], item.caption).mean()
+        found[i] = _losses(base, recipe, item_id, decode(base, [item])[0], item.caption)[0].mean()
     progress("controls under the base", len(ids), len(ids))
     controls.write_derived(name, {"loss": found})
     return ControlLosses(ids, finetuned, found)

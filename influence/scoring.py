@@ -128,6 +128,10 @@ class Groups:
     parts: sparse.csr_array
     """`[works, groups]`: how much of each work's mean score counts for a group."""
 
+    def places(self, ids: Sequence[str]) -> Int[np.ndarray, "_"]:
+        """Where in `ids` these images are; −1 for those that are not there."""
+        return self.ids.get_indexer(pd.Index(ids))
+
 
 def groups(ids: pd.Series, names: pd.Series) -> Groups:
     """Count files, of which each is given by its image and its group."""
@@ -157,7 +161,7 @@ def shared(groups: Groups, clusters: Mapping[str, str]) -> Groups:
 
 
 def group_totals(
-    groups: Groups, ids: Sequence[str], tau: Float64[np.ndarray, "query train"]
+    groups: Groups, places: Int[np.ndarray, " train"], tau: Float64[np.ndarray, "query train"]
 ) -> Float64[np.ndarray, "query groups"]:
-    """Signed sums of scores over the files of each group; of blocks of images, these are added."""
-    return (groups.files[groups.ids.get_indexer(pd.Index(ids))].T @ tau.T).T
+    """Signed sums of the scores of images at these places over the files of each group; blocks of images add up."""
+    return (groups.files[places].T @ tau.T).T

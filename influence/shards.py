@@ -137,7 +137,10 @@ def read_content(folder: Path, record: Record, dim: int, batches: int, expected_
         StoreError: The file is not what its record says, or of other images.
     """
     found = read(folder / record.file, layout(record.rows, record.psi_rows, dim, batches))
-    ids = [item_id.decode("ascii", "replace") for item_id in found.pop("item_id").tolist()]
+    try:
+        ids = found.pop("item_id").astype("U").tolist()
+    except UnicodeDecodeError:
+        raise StoreError(f"{record.file} has item ids that are not ASCII; {ADVICE}") from None
     if expected_ids is not None and sorted([*ids, *record.refused]) != expected_ids:
         raise StoreError(f"{record.file} holds other images than the store's table names for its shard; {ADVICE}")
     content = ShardContent(record.family, record.shard, ids, **found, refused=record.refused)

@@ -65,6 +65,8 @@ SCHEMA: dict[str, Schema] = {
         Field("gain_se", "number", _LOSS, "its standard error, from batches of draws"),
         Field("gain_p", "number", "probability", "one-sided p-value of a gain above 0"),
         Field("gain_p_null", "number", "probability", "share of controls with at least this gain"),
+        Field("gain_bits", "number", "bits per dimension", "the gain with the weights of the evidence bound"),
+        Field("gain_bits_se", "number", "bits per dimension", "its standard error, from batches of draws"),
         Field("near_copy", "boolean", "", "nearly a training picture, by looks; says nothing of influence", True),
         Field("max_similarity", "number", "-1 to 1", "to the training picture that looks most like it", True),
         Field("max_similarity_item", "string", "", "which; see items", True),

@@ -263,3 +263,4 @@ def test_a_lora_has_its_base_with_it(world, tmp_path):
     table = influence.attribute(tmp_path / "data" / "001.png", tmp_path / "s", prompt="picture 1", draws=4)
     (query,) = table.attrs["queries"]
     assert query["gain"] != 0 and query["loss_base"] == pytest.approx(query["loss_finetuned"] + query["gain"], rel=1e-4)
+    assert query["gain_bits"] != 0 and query["gain_bits_se"] > 0

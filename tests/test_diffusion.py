@@ -109,3 +109,25 @@ def test_batches_hold_equally_many_antithetic_pairs_from_all_over_the_schedule(d
     means = [np.flatnonzero(batch == b).mean() for b in range(batches)]
     if draws >= 8 * batches:
         assert max(means) - min(means) < draws / 8, "every batch has early and late timesteps"
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "snr"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_bits_of_the_best_predictor_of_gaussian_data_are_the_information_that_the_noise_takes(prediction, weighting):
+    """x₀ ~ N(0, 1) has the posterior mean √ᾱ x_t; the bound is then ½ log₂ of how far 1 + SNR falls (Guo et al., 2005).
+
+    The sum of a schedule is a little more than the integral, since the error of each step is that at its end.
+    """
+    a = 1 / (1 + np.exp(np.linspace(-6, 6, 4000)))
+    schedule = NoiseSchedule(tuple(a.tolist()), prediction, weighting)
+    t = torch.arange(4000)
+    x0, eps = (torch.from_numpy(keys.normal(("bits", name), (4000, 256))) for name in ("x0", "eps"))
+    x_t = diffusion.noised(schedule, x0, t, eps)
+    root, rest = (torch.from_numpy(part).float()[:, None] for part in (np.sqrt(a), np.sqrt(1 - a)))
+    estimate = root * x_t
+    of = {"epsilon": rest * x_t, "v_prediction": torch.zeros_like(x_t), "sample": estimate}
+    loss = diffusion.losses(schedule, of[prediction], x0, t, eps)
+    snr = a / (1 - a)
+    found = float((diffusion.bits(schedule, t) * loss).mean())
+    assert found == pytest.approx(0.5 * np.log2((1 + snr[0]) / (1 + snr[-1])), rel=0.01)
+    assert diffusion.bits(schedule, torch.tensor([0])) == 0

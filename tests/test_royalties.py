@@ -161,7 +161,7 @@ def test_ten_copies_of_works_gain_less_than_half_more():
         factored = curvature.curvature([(rows, np.ones(len(rows)))], dim=k, damping=0.1, num_rows=len(rows))
         v = scoring.precondition(scoring.METHODS["trak"], query, factored, float(len(rows)))
         tau = (v @ torch.tensor(rows).double().T).numpy()
-        return scoring.group_totals(groups, ids, tau)[0, 0]
+        return scoring.group_totals(groups, groups.places(ids), tau)[0, 0]
 
     assert total(0) > 0
     assert 0 < total(10) / total(0) <= 1.5
@@ -174,5 +174,5 @@ def test_near_duplicates_under_two_names_share_one_credit():
 
     ids, owners = pd.Series(["a", "b", "b", "c"]), pd.Series(["x", "y", "y", "x"])
     groups = scoring.shared(scoring.groups(ids, owners), {"a": "1", "b": "1", "c": "2"})
-    totals = scoring.group_totals(groups, ["a", "b", "c"], np.array([[3.0, 1.0, 5.0]]))
+    totals = scoring.group_totals(groups, groups.places(["a", "b", "c"]), np.array([[3.0, 1.0, 5.0]]))
     np.testing.assert_allclose(totals, [[5 + 2 / 3, 2 * 2 / 3]])

@@ -128,8 +128,8 @@ def test_top_k_is_the_sorted_head_however_the_scores_come(pairs, k, data):
 
 def test_totals_are_signed_sums_counting_every_file():
     groups = scoring.groups(pd.Series(["b", "a", "a", "a", "c"]), pd.Series(["x", "x", "y", "x", "z"]))
-    first = scoring.group_totals(groups, ["b", "a"], np.array([[-3.0, 1.0], [0.5, 0.25]]))
-    second = scoring.group_totals(groups, ["c"], np.array([[7.0], [0.0]]))
+    first = scoring.group_totals(groups, groups.places(["b", "a"]), np.array([[-3.0, 1.0], [0.5, 0.25]]))
+    second = scoring.group_totals(groups, groups.places(["c"]), np.array([[7.0], [0.0]]))
     assert groups.names == ["x", "y", "z"] and groups.files.sum() == 5
     assert (first + second).tolist() == [[-1.0, 1.0, 7.0], [1.0, 0.25, 0.0]]
 
