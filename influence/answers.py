@@ -140,7 +140,7 @@ def answer(
         facts={
             name: scored.table.attrs[name] for name in ("method", "formula", "damping", "draws", "controls", "models")
         }
-        | {"usage": weights.tolist(), "totals": "end" if scored.path is None else "path"},
+        | {"usage": weights.tolist(), "totals": "end" if scored.whole is None else "whole way"},
     )  # fmt: skip
 
 
@@ -246,7 +246,7 @@ def _shares(
 ) -> pd.DataFrame:
     """Shares of each query and of the statement over all, by every estimator that what is known allows."""
     creators, controls = scored.creators, scored.controls
-    way = creators if scored.path is None else scored.path
+    way = creators if scored.whole is None else scored.whole
     exact = _shapley_of(scored, truth)
     names = [ids[name] for name in creators.names] + [UNATTRIBUTED, BASE_MODEL]
     corpus = np.append(creators.images / creators.images.sum(), [np.nan, np.nan])
@@ -261,11 +261,11 @@ def _shares(
         variance = _variance(way, q)
         rho = royalties.reliability(way.totals[q], variance)
         common = {"reliability": rho, "similarity": _similarity_evidence(scored, looks[q]), "shapley": exact.get(q)}
-        ends = (None, None) if scored.path is None else (creators.totals[q], at_end)
+        ends = (None, None) if scored.whole is None else (creators.totals[q], at_end)
         once = Evidence(creators.images, way.totals[q], fdr[0], end_totals=ends[0], **common)
         repeated = Evidence(creators.images, again, fdr[1:], end_totals=ends[1], **common)
         for estimator in ESTIMATORS:
-            lacks = {"gated_group_sum": not nulls, "shapley": q not in exact, "end_group_sum": scored.path is None}
+            lacks = {"gated_group_sum": not nulls, "shapley": q not in exact, "end_group_sum": scored.whole is None}
             if lacks.get(estimator):
                 continue
             share = royalties.shares(estimator, once, from_model=found.explained)
@@ -345,7 +345,7 @@ def _share_table(
 def _queries(scored: Scored, made: Sequence[Verdict], copies: pd.DataFrame, shares: pd.DataFrame) -> pd.DataFrame:
     rows = []
     estimator = DEFAULT_ESTIMATOR if (shares["estimator"] == DEFAULT_ESTIMATOR).any() else "group_sum"
-    way = scored.creators if scored.path is None else scored.path
+    way = scored.creators if scored.whole is None else scored.whole
     chosen = shares[shares["estimator"] == estimator].set_index(["query_id", "contributor_id"])["share"]
     for q, (row, found) in enumerate(zip(scored.table.attrs["queries"], made, strict=True)):
         mine = copies[copies["query"] == row["query"]]

@@ -26,6 +26,7 @@ from influence.scored import COLUMNS, Controls, Creators, Scored, creator_rows, 
 from influence.scoring import METHODS, Groups
 from influence.shards import ShardContent
 from influence.store import Store
+from influence.wholeway import whole_way
 
 Stores = str | os.PathLike[str] | Store | Sequence[str | os.PathLike[str] | Store]
 DAMPING = 0.1
@@ -216,9 +217,10 @@ def score_one(
         return table, creators, compared
 
     table, creators, compared = scan(chosen, asked.along_the_path() if chosen.path else asked, k, h, controls)
-    whole_way = None
-    if path and along:
-        _, whole_way, _ = scan(METHODS["path"], asked.along_the_path(), 1, np.zeros(len(h)), None)
+    whole = None
+    if path and along and asked.loss_base is not None:
+        _, along_path, _ = scan(METHODS["path"], asked.along_the_path(), 1, np.zeros(len(h)), None)
+        whole = whole_way(creators, along_path, asked.loss_base - asked.loss)
     count = 0 if compared is None else len(compared.item_ids)
     if 0 < count < significance.MIN_CONTROLS:
         message(
@@ -237,7 +239,7 @@ def score_one(
         "queries": query_rows(asked),
     }
     losses = None if controls is None else control_losses(controls, loaded, before, progress, message)
-    return Scored(made, loaded, asked, table, creators, compared, losses, whole_way)
+    return Scored(made, loaded, asked, table, creators, compared, losses, whole)
 
 
 _OTHER = {"square": "of another output", "base": "under the model before the fine-tune", "loss": "of the loss"}

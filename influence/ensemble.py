@@ -70,9 +70,9 @@ def combined(parts: Sequence[Scored], k: int | None) -> Scored:
         "creators": creator_rows(queries.paths, creators, controls),
         "queries": query_rows(queries),
     }
-    ways = [part.path for part in parts if part.path is not None]
-    path = _creators(ways) if len(ways) == len(parts) else None
-    return Scored(first.store, first.loaded, queries, table, creators, controls, _losses(parts), path)
+    ways = [part.whole for part in parts if part.whole is not None]
+    whole = _creators(ways) if len(ways) == len(parts) else None
+    return Scored(first.store, first.loaded, queries, table, creators, controls, _losses(parts), whole)
 
 
 def _require_same(first: Scored, other: Scored) -> None:

@@ -79,8 +79,8 @@ class Scored:
     creators: Creators
     controls: Controls | None
     control_losses: ControlLosses | None
-    path: Creators | None = None
-    """Totals along the whole way from the base to the fine-tune, if they were wanted and the base is known."""
+    whole: Creators | None = None
+    """Totals of the whole way from the base to the fine-tune, if they were wanted and the base is known."""
 
 
 def styles(creators: Creators, controls: Controls | None, query: int) -> pd.DataFrame:

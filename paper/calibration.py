@@ -1,8 +1,8 @@
 """Are the p-values, intervals and shares of answers right? On a ground truth, with controls that were never trained on.
 
-    python data/emoji.py --out emoji216 --size 16 --count 216
+    python data/emoji.py --out emoji1015 --size 16 --count 1015
     python paper/ground_truth.py emoji --pictures emoji16 --work work/emoji
-    python paper/calibration.py emoji --work work/emoji --pictures emoji216
+    python paper/calibration.py emoji --work work/emoji --pictures emoji1015
     python paper/ground_truth.py letters --work work/letters
     python paper/calibration.py letters --work work/letters
 
@@ -13,6 +13,7 @@ folder. Writes `paper/results/<truth>-calibration.md`.
 
 import argparse
 import csv
+import itertools
 import shutil
 import string
 import subprocess
@@ -33,6 +34,7 @@ from influence.scored import Scored
 
 PAPER = Path(__file__).parent
 DRAWS = 256
+PERMUTATIONS = 8  # of labels, for each query
 MORE = 20  # times as many draws, for the value that an interval should cover
 FONTS = """
     amiri==1.2 archivo==2.1 asap==3.2 cairo==3.130 catamaran==2.0 chivo==2.2 domine==2.0 figtree==2.2 heebo==3.100
@@ -154,13 +156,13 @@ def members(scored: Scored, chosen: np.ndarray, adjusted: pd.DataFrame) -> dict[
 
 
 def permuted(scored: Scored, chosen: np.ndarray, adjusted: pd.DataFrame) -> float:
-    """Part of the queries in which no creator is credited when labels are permuted between trained and controls."""
+    """How often no creator is credited when labels are permuted between trained and controls."""
     sizes = scored.creators.images
     silent = []
-    for q in chosen:
+    for q, again in itertools.product(chosen, range(PERMUTATIONS)):
         mine = adjusted.loc[adjusted["number"] == q, "score_adj"].to_numpy()
         pool = np.concatenate([mine, scored.controls.of(int(q))])
-        pool = pool[np.argsort(keys.uniform(("permuted", int(q)), len(pool)))]
+        pool = pool[np.argsort(keys.uniform(("permuted", int(q), again), len(pool)))]
         ends = np.cumsum(sizes).astype(int)
         parts = np.split(pool[: ends[-1]], ends[:-1])
         nulls = [significance.group_null(part, np.ones(len(part)), pool[ends[-1] :]) for part in parts]
@@ -214,11 +216,7 @@ def distances(made: influence.Answers, name: str, asked: pd.DataFrame) -> pd.Dat
 
 
 def owners(made: influence.Answers, scored: Scored, name: str, asked: pd.DataFrame) -> pd.DataFrame:
-    """Owners' totals, at the end and along the whole way, against exact Shapley values.
-
-    `scale` is the fine-tune's measured gain on trained queries over what the totals sum to there: it needs no
-    retraining, and `slope / scale` is the slope of totals that are multiplied by it.
-    """
+    """Owners' totals, at the end and of the whole way, against exact Shapley values."""
     ids, exact = kept_shapley(PAPER / "truth" / name)
     place = [ids.index(item_id) for item_id in made.queries["query_id"]]
     measured = np.stack([exact[owner][place] for owner in scored.creators.names])
@@ -234,16 +232,14 @@ def owners(made: influence.Answers, scored: Scored, name: str, asked: pd.DataFra
     gain = made.queries["finetune_gain"].to_numpy()
     rows = []
     for which, predicted in totals.items():
-        trained = (asked["kind"] == "trained").to_numpy()
-        scale = gain[trained].mean() / predicted[:, trained].sum(0).mean()
         for kind in KINDS:
             here = np.flatnonzero(asked["kind"] == kind)
             each = [np.corrcoef(measured[:, q], predicted[:, q])[0, 1] for q in here]
             distance = metrics.total_variation(measured[:, here], predicted[:, here]).mean()
             slope = metrics.slope(measured[:, here], predicted[:, here])
             follows = np.corrcoef(gain[here], predicted[:, here].sum(0))[0, 1]
-            rows.append((which, kind, np.mean(each), distance, slope, slope / scale, follows))
-    columns = ["totals", "queries", "Pearson", "total variation", "slope", "slope / scale", "sum follows gain (r)"]
+            rows.append((which, kind, np.mean(each), distance, slope, follows))
+    columns = ["totals", "queries", "Pearson", "total variation", "slope", "sum follows gain (r)"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -252,7 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("truth", choices=("emoji", "letters"))
     parser.add_argument("--work", type=Path, required=True, help="folder that ground_truth.py made")
-    parser.add_argument("--pictures", type=Path, help="what data/emoji.py --size 16 --count 216 made")
+    parser.add_argument("--pictures", type=Path, help="what data/emoji.py --size 16 --count 1015 made")
     parser.add_argument("--pairs", type=int, nargs=2, default=(10, 40), help="queries and images for coverage")
     options = parser.parse_args()
     name, work = options.truth, options.work
@@ -282,7 +278,9 @@ def main() -> None:
     for what, value in members(scored, by_kind["unseen"], table).items():
         show(f"| trained, unseen queries: {what} | {value:.3f} |")
     for kind in KINDS:
-        show(f"| labels permuted, {kind}: nobody credited | {permuted(scored, by_kind[kind], table):.0%} |")
+        show(
+            f"| labels permuted {PERMUTATIONS} times, {kind}: nobody credited | {permuted(scored, by_kind[kind], table):.0%} |"
+        )
     names = table["file_name"].map(lambda name: Path(name).name)
     own = [table[(table["number"] == q) & (names == Path(asked["path"][q]).name)].iloc[0] for q in by_kind["trained"]]
     smallest = len(made.items) / (1 + count)

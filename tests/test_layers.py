@@ -21,7 +21,7 @@ LAYERS = [
     ["pipeline"],
     ["inspection", "queries", "planning", "nearcopies", "holdout"],
     ["scored", "repair"],
-    ["ensemble"],
+    ["ensemble", "wholeway"],
     ["attribution"],
     ["demo", "doctor", "evaluation", "extraction"],
     ["tables"],

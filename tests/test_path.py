@@ -1,14 +1,18 @@
 """Totals along the whole way: features under the base, and scores of the mean, against plain linear algebra."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import sparse
 from tiny_models import pictures, tiny_ddpm, tiny_lora, tiny_stable_diffusion
 
 import influence
 from influence import models
 from influence.errors import OptionError
+from influence.scored import Creators
+from influence.wholeway import whole_way
 
 DRAWS = 8
 
@@ -86,17 +90,79 @@ def test_scores_are_those_of_the_mean_of_the_features(world):
 def test_shares_are_of_the_whole_way_where_the_base_is_known(world):
     picture = world / "controls" / "002.png"
     made = influence.answer(picture, world / "s", draws=DRAWS)
-    assert made.facts["totals"] == "path"
-    table = influence.attribute(picture, world / "s", method="path", k=None, draws=DRAWS)
-    totals = table.groupby("creator")["score"].sum()
+    assert made.facts["totals"] == "whole way"
+    end, path = (
+        influence.attribute(picture, world / "s", method=method, k=None, draws=DRAWS)
+        for method in ("gauss-newton", "path")
+    )
+    e, p = end.groupby("creator")["score_adj"].sum(), path.groupby("creator")["score"].sum()
     names = made.contributors.set_index("contributor_id")["name"]
     shares = made.shares[(made.shares["estimator"] == "group_sum") & (made.shares["query_id"] != "ALL")]
-    for row in shares[shares["n_works"].notna()].itertuples():
-        assert row.group_score == pytest.approx(totals[names[row.contributor_id]], rel=1e-6)
-        assert row.group_score_se > 0
+    shares = shares[shares["n_works"].notna()]
+    found = shares.set_index(shares["contributor_id"].map(names))["group_score"].astype(float)
+    c = (found - e) / p
+    (query,) = end.attrs["queries"]
+    np.testing.assert_allclose(c, c.iloc[0], rtol=1e-3, atol=1e-6 * c.abs().max())
+    assert 0 <= c.iloc[0] <= max((query["gain"] - e.sum()) / p.sum(), 0) * 1.001  # less by what S is uncertain
+    assert (shares["group_score_se"] > 0).all()
     assert "end_group_sum" in set(made.shares["estimator"])
     without = influence.answer(picture, world / "of_base", draws=DRAWS)
     assert without.facts["totals"] == "end" and "end_group_sum" not in set(without.shares["estimator"])
+
+
+def made_up(totals, batches=0, seed=0, spread=0.01):
+    """Creators with these totals `[query, creators]`, whose batches of draws differ a little."""
+    rng = np.random.default_rng(seed)
+    totals = np.asarray(totals, float)
+    noise = rng.normal(scale=spread, size=(batches, *totals.shape))
+    noise -= noise.mean(0) if batches else 0
+    count = totals.shape[1]
+    parts = sparse.csr_array(np.eye(count))
+    variance = np.full(totals.shape, 0.04)
+    return Creators(
+        [f"c{i}" for i in range(count)], np.full(count, 5.0), totals, totals**2, totals + noise, variance, None, parts
+    )
+
+
+def test_totals_of_the_whole_way_add_up_to_the_gain():
+    end, path = made_up([[1.0, -2.0, 0.5], [1.0, 1.0, 1.0]]), made_up([[6.0, 2.0, -4.0], [3.0, 0.0, 3.0]])
+    found = whole_way(end, path, np.array([[5.5], [9.0]])).totals
+    np.testing.assert_allclose(found, [[1 + 9, -2 + 3, 0.5 - 6], [1 + 3, 1.0, 1 + 3]])
+    np.testing.assert_allclose(found.sum(1), [5.5, 9.0])
+
+
+@pytest.mark.parametrize(("gain", "path"), [(-3.0, [1.0, 2.0]), (9.0, [-3.0, 1.0])])
+def test_where_the_rest_and_the_path_differ_in_sign_nothing_is_added(gain, path):
+    end = made_up([[1.0, 2.0]], batches=4)
+    found = whole_way(end, made_up([path], batches=4, seed=1), np.full((1, 4), gain))
+    np.testing.assert_array_equal(found.totals, end.totals)
+    np.testing.assert_array_equal(found.by_batch, end.by_batch)
+
+
+def test_two_names_of_one_creator_get_what_he_got():
+    end, path, gain = made_up([[1.0, 2.0, 3.0]], 4), made_up([[1.0, 5.0, -2.0]], 4, 1), np.full((1, 4), 9.0)
+    sums = np.array([[1.0, 0], [1, 0], [0, 1]])
+    merged = [
+        replace(
+            part, names=["c01", "c2"], images=part.images @ sums, totals=part.totals @ sums, squares=np.ones((1, 2)),
+            by_batch=part.by_batch @ sums, train_variance=np.ones((1, 2)), parts=sparse.csr_array(part.parts @ sums),
+        )
+        for part in (end, path)
+    ]  # fmt: skip
+    apart, together = whole_way(end, path, gain), whole_way(*merged, gain)
+    np.testing.assert_allclose(together.totals[0, 0], apart.totals[0, 0] + apart.totals[0, 1])
+    np.testing.assert_allclose(together.by_batch[:, 0, 0], apart.by_batch[:, 0, 0] + apart.by_batch[:, 0, 1])
+
+
+def test_a_path_that_is_lost_in_its_noise_adds_less_and_batches_move_totals_as_finite_steps_do():
+    end, path = made_up([[1.0, 2.0]], 8, 0, 1e-5), made_up([[2.0, 1.0]], 8, 1, 1e-5)
+    gain = 9.0 + 1e-5 * np.random.default_rng(2).normal(size=(1, 8))
+    found = whole_way(end, path, gain)
+    for b in range(8):  # the totals that one batch alone would give
+        one = [replace(part, totals=part.by_batch[b], by_batch=part.by_batch[:0]) for part in (end, path)]
+        np.testing.assert_allclose(found.by_batch[b], whole_way(*one, gain[:, b : b + 1]).totals, atol=1e-8)
+    noisy = whole_way(end, made_up([[2.0, 1.0]], 8, 1, 6.0), gain)
+    assert end.totals.sum() < noisy.totals.sum() < 0.9 * found.totals.sum()
 
 
 def test_a_base_that_is_not_known_or_not_the_one_is_refused(world, tmp_path):
@@ -122,4 +188,4 @@ def test_the_base_of_a_lora_is_its_network_with_an_adapter_that_does_nothing(tmp
     with torch.no_grad():
         torch.testing.assert_close(silent.network(x, t, c), plain.network(x, t, c), rtol=1e-5, atol=1e-5)
     made = influence.answer(tmp_path / "data" / "001.png", store, prompt="x", draws=DRAWS)
-    assert made.facts["totals"] == "path"
+    assert made.facts["totals"] == "whole way"
