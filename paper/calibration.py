@@ -278,9 +278,8 @@ def main() -> None:
     for what, value in members(scored, by_kind["unseen"], table).items():
         show(f"| trained, unseen queries: {what} | {value:.3f} |")
     for kind in KINDS:
-        show(
-            f"| labels permuted {PERMUTATIONS} times, {kind}: nobody credited | {permuted(scored, by_kind[kind], table):.0%} |"
-        )
+        silent = permuted(scored, by_kind[kind], table)
+        show(f"| labels permuted {PERMUTATIONS} times, {kind}: nobody credited | {silent:.0%} |")
     names = table["file_name"].map(lambda name: Path(name).name)
     own = [table[(table["number"] == q) & (names == Path(asked["path"][q]).name)].iloc[0] for q in by_kind["trained"]]
     smallest = len(made.items) / (1 + count)
