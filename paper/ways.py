@@ -4,10 +4,13 @@
     python paper/ways.py letters --work work/letters
 
 A point s of the way has the weights (1 − s) base + s fine-tune; of a LoRA, lora_B is scaled by s. Beside the features
-that comparison.py kept it takes those at s = 0 and ½, of 20 draws of an image and 64 of a query.
+that comparison.py kept it takes those at s = 0 and ½, of 20 draws of an image and 64 of a query. `whole way` is what
+shares are made of (`influence/wholeway.py`), with each query's gain on those 64 draws.
 """
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,30 +18,70 @@ import numpy as np
 import torch
 from comparison import DIM, Subject, halves, horizon
 from ground_truth import PAPER
+from scipy import sparse
 
-from influence import finetuning, metrics
+from influence import features, finetuning, metrics
 from influence.curvature import Curvature, curvature, solve
 from influence.evaluation import kept_shapley
+from influence.features import Recipe
+from influence.scored import Creators
+from influence.wholeway import whole_way
+
+QUERY_DRAWS, DRAWS, SEED = 64, 20, 3
+
+
+@contextlib.contextmanager
+def moved(subject: Subject, s: float) -> Iterator[None]:
+    """The weights at a point of the way."""
+    parameters = subject.denoiser.parameters
+    end = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    base = finetuning.weights(finetuning.start(subject.truth.base, subject.truth.recipe))
+    lora = subject.truth.recipe.lora_rank is not None
+    for name, parameter in parameters.items():
+        start = (end[name] if "lora_A" in name else 0 * end[name]) if lora else base[name]
+        parameter.data.copy_((1 - s) * start + s * end[name])
+    yield
+    for name, parameter in parameters.items():
+        parameter.data.copy_(end[name])
 
 
 def at(subject: Subject, s: float) -> tuple[np.ndarray, np.ndarray]:
     """φ of queries and images at a point of the way."""
     names = [f"way-{side}-{s:g}" for side in ("query", "train")]
     if not all((subject.folder / f"{name}.npy").exists() for name in names):
-        parameters = subject.denoiser.parameters
-        end = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        base = finetuning.weights(finetuning.start(subject.truth.base, subject.truth.recipe))
-        lora = subject.truth.recipe.lora_rank is not None
-        for name, parameter in parameters.items():
-            start = (end[name] if "lora_A" in name else 0 * end[name]) if lora else base[name]
-            parameter.data.copy_((1 - s) * start + s * end[name])
-        query, train = replace(subject.query, draws=64), replace(subject.train, draws=20)
-        for name, side in zip(names, (query, train), strict=True):
-            subject.kept(name, lambda side=side: subject.phi(side, "loss", 3, subject.sketch))
-        for name, parameter in parameters.items():
-            parameter.data.copy_(end[name])
+        query, train = replace(subject.query, draws=QUERY_DRAWS), replace(subject.train, draws=DRAWS)
+        with moved(subject, s):
+            for name, side in zip(names, (query, train), strict=True):
+                subject.kept(name, lambda side=side: subject.phi(side, "loss", SEED, subject.sketch))
     query, train = (np.load(subject.folder / f"{name}.npy").astype(float) for name in names)
     return query, train
+
+
+def gain(subject: Subject) -> np.ndarray:
+    """Loss of the queries under the base, less that under the fine-tune, on the same draws."""
+    recipe = Recipe(
+        subject.denoiser.schedule, subject.denoiser.parameters, subject.sketch, SEED, "query", QUERY_DRAWS, 0.0,
+        "loss", bf16=False, engine="hooks", batch_size=64,
+    )  # fmt: skip
+
+    def losses() -> np.ndarray:
+        found, _ = features.losses(
+            subject.denoiser.network, recipe, subject.query.ids, subject.query.x0, subject.query.cond
+        )
+        return found.mean(1)
+
+    def make() -> np.ndarray:
+        with moved(subject, 0.0):
+            before = losses()
+        return before - losses()
+
+    return np.asarray(subject.kept("way-gain", make)).astype(float)
+
+
+def creators(totals: np.ndarray, names: list[str]) -> Creators:
+    """Totals `[query, creators]` as answers have them, of which no error is known."""
+    zero, parts = np.zeros(totals.shape), sparse.csr_array(np.eye(len(names)))
+    return Creators(names, np.ones(len(names)), totals, zero, np.empty((0, *totals.shape)), zero, None, parts)
 
 
 def factored(psi: np.ndarray, lam: float) -> Curvature:
@@ -80,22 +123,25 @@ def main() -> None:
     outcome = by_seed.mean(0)
     _, exact = kept_shapley(PAPER / "truth" / options.truth)
     measured = np.stack(list(exact.values()))
-    gain = measured.sum(0)
-    creators = np.array([item.creator for item in subject.truth.items])
+    owner = np.array([item.creator for item in subject.truth.items])
+    totals = {name: np.stack([each[:, owner == g].sum(1) for g in exact]) for name, each in scores.items()}
+    ends, paths = (creators(totals[name].T, list(exact)) for name in ("end", "path"))
+    totals["whole way"] = whole_way(ends, paths, gain(subject)[:, None]).totals.T
     text = [f"{' / '.join(dict.fromkeys(kinds))}", "", "| totals | Pearson | total variation | slope | LDS ×100 | "
             "sum follows gain (r) |", "|---|---|---|---|---|---|"]  # fmt: skip
-    for name, each in scores.items():
-        predicted = np.stack([each[:, creators == owner].sum(1) for owner in exact])
-        lds = metrics.correlations(metrics.predictions(each, masks), outcome)
+    for name, predicted in totals.items():
+        lds = None
+        if name in scores:
+            lds = metrics.correlations(metrics.predictions(scores[name], masks), outcome)
         cells: list[list[float]] = [[], [], [], [], []]
         for kind in dict.fromkeys(kinds):
             here = np.flatnonzero(kinds == kind)
             with np.errstate(invalid="ignore"):
                 cells[0].append(np.mean([np.corrcoef(measured[:, q], predicted[:, q])[0, 1] for q in here]))
-                cells[4].append(np.corrcoef(gain[here], predicted[:, here].sum(0))[0, 1])
+                cells[4].append(np.corrcoef(measured[:, here].sum(0), predicted[:, here].sum(0))[0, 1])
             cells[1].append(metrics.total_variation(measured[:, here], predicted[:, here]).mean())
             cells[2].append(metrics.slope(measured[:, here], predicted[:, here]))
-            cells[3].append(100 * lds[here].mean())
+            cells[3].append(np.nan if lds is None else 100 * lds[here].mean())
         digits = (2, 2, 2, 0, 2)
         joined = (" / ".join(f"{x:.{d}f}" for x in cell) for cell, d in zip(cells, digits, strict=True))
         text.append(f"| {name} | " + " | ".join(joined) + " |")
