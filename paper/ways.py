@@ -143,7 +143,10 @@ def main() -> None:
             cells[2].append(metrics.slope(measured[:, here], predicted[:, here]))
             cells[3].append(np.nan if lds is None else 100 * lds[here].mean())
         digits = (2, 2, 2, 0, 2)
-        joined = (" / ".join(f"{x:.{d}f}" for x in cell) for cell, d in zip(cells, digits, strict=True))
+        joined = (
+            " / ".join("–" if np.isnan(x) else f"{x:.{d}f}" for x in cell)
+            for cell, d in zip(cells, digits, strict=True)
+        )
         text.append(f"| {name} | " + " | ".join(joined) + " |")
     print(*text, sep="\n", flush=True)
     (PAPER / "results" / f"{options.truth}-ways.md").write_text("\n".join(text) + "\n", encoding="utf-8")
