@@ -196,6 +196,13 @@ def test_a_hostile_name_does_no_harm_in_any_format(world, exported):
     assert not any(cell.data_type == "f" for cell in cells)
 
 
+def test_a_text_that_no_cell_holds_is_refused_in_a_spreadsheet_alone(exported):
+    long = exported.contributors.assign(name="x" * 32_768)
+    with pytest.raises(influence.OptionError, match="has 32768 characters, a cell 32767 at most; use another format"):
+        tables.write("contributors", long, "xlsx")
+    assert b"x" * 32_768 in tables.write("contributors", long, "csv")
+
+
 @pytest.mark.parametrize("form", tables.FORMATS)
 def test_equal_tables_have_equal_bytes(exported, form):
     for name in tables.SCHEMA:

@@ -153,3 +153,30 @@ def test_verify_says_that_all_is_well_or_what_is_not(world, tmp_path):
     assert len(result.stderr.strip().splitlines()) == 1 and "1 problems" in result.stderr
     result = run("verify", store, "--repair")
     assert result.exit_code == 1 and "cannot be built again, restore it from a copy" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("file,prompt\na.png,a house\n", "1 pictures have no prompt, others have; give all one"),
+        ("picture\na.png\n", "is no CSV with a column file (and numbers in usage)"),
+        ("file,usage\na.png,often\n", "is no CSV with a column file (and numbers in usage)"),
+    ],
+)
+def test_a_list_that_says_too_little_is_refused(world, tmp_path, text, words):
+    (tmp_path / "list.csv").write_text(text)
+    result = run("check", world / "data" / "001.png", "--list", tmp_path / "list.csv", "--store", world / "s")
+    assert result.exit_code in (1, 2) and words in " ".join(result.output.split())
+
+
+def test_pictures_of_a_list_come_after_those_named_with_their_own_prompts_and_weights(tmp_path):
+    from influence_cli.answers import _pictures
+
+    (tmp_path / "list.csv").write_text("file,prompt,usage\na.png,a house,3\nsub/b.png,,\n")
+    named, own = tmp_path / "x.png", tmp_path / "list.csv"
+    paths, prompts, usage = _pictures((named,), own, "a tree")
+    assert paths == [named, tmp_path / "a.png", tmp_path / "sub" / "b.png"]
+    assert prompts == ["a tree", "a house", ""] and usage == [1.0, 3.0, 1.0]
+    (tmp_path / "bare.csv").write_text("file\na.png\n")
+    assert _pictures((), tmp_path / "bare.csv", "a tree") == ([tmp_path / "a.png"], ["a tree"], [1.0])
+    assert _pictures((), tmp_path / "bare.csv", None) == ([tmp_path / "a.png"], None, [1.0])

@@ -174,6 +174,13 @@ def test_own_embeddings_come_from_a_parquet_file(world, tmp_path):
     table[1:].to_parquet(tmp_path / "short.parquet")
     with pytest.raises(influence.DatasetError, match=r"has no embedding of '000\.png', 1 pictures in all"):
         influence.near_copies(query, world / "s", embedding=tmp_path / "short.parquet")
+    pd.concat([table, table[:1]]).to_parquet(tmp_path / "twice.parquet")
+    with pytest.raises(influence.DatasetError, match="names a picture twice; expected one row for each file_name"):
+        influence.near_copies(query, world / "s", embedding=tmp_path / "twice.parquet")
+    ragged = table.assign(embedding=[row[:2] if i else row for i, row in enumerate(table["embedding"])])
+    ragged.to_parquet(tmp_path / "ragged.parquet")
+    with pytest.raises(influence.DatasetError, match="expected lists of numbers, all as long"):
+        influence.near_copies(query, world / "s", embedding=tmp_path / "ragged.parquet")
     (tmp_path / "bad.parquet").write_bytes(b"no table")
     with pytest.raises(influence.DatasetError, match="expected a Parquet file with columns file_name and embedding"):
         influence.near_copies(query, world / "s", embedding=tmp_path / "bad.parquet")
