@@ -21,7 +21,7 @@ from influence.errors import OptionError, StoreError
 from influence.loading import DEFAULT_BATCH, load_for
 from influence.pipeline import read
 from influence.progress import Message, Progress, silent
-from influence.queries import Queries, control_losses, load_base, read_queries, under_base
+from influence.queries import Queries, control_losses, load_base, read_queries, under_base, under_late
 from influence.scored import COLUMNS, Controls, Creators, Scored, creator_rows, query_rows
 from influence.scoring import METHODS, Groups
 from influence.shards import ShardContent
@@ -31,6 +31,7 @@ from influence.wholeway import whole_way
 Stores = str | os.PathLike[str] | Store | Sequence[str | os.PathLike[str] | Store]
 DAMPING = 0.1
 """λ in units of tr(H)/k, where nothing is known of the fine-tune's steps."""
+_SAMPLE = 256  # images, about, whose scores on each other give the usual size of scores
 
 
 def attribute(
@@ -182,41 +183,48 @@ def score_one(
     device_of = str(next(iter(loaded.denoiser.parameters.values())).device)
     before = load_base(made, base, device_of, model=model if made.source["lora"] else None, lora=lora)
     start = under_base(made, loaded, before)
-    if chosen.path and start is None:
-        raise OptionError(f"path needs the model before the fine-tune: build store {made.path.name} with --base DIR")
+    if chosen.beside is not None and start is None:
+        raise OptionError(
+            f"{method} needs the model before the fine-tune: build store {made.path.name} with --base DIR"
+        )
     if path and before is not None and start is None:
         message(
             "creators' totals are of the end of the fine-tune, not of the whole way: build the store with "
             "--base DIR, of a base that has the same parameters"
         )
-    along = chosen.path or (path and method == "gauss-newton" and start is not None)
+    along = path and method == "gauss-newton" and start is not None
+    second = "base" if along else chosen.beside
+    beside = start if second == "base" else under_late(loaded, start) if second == "late" and start else None
     needed = [(part, chosen.family, loaded) for part in (made, controls)]
-    needed += [(part, "base", start) for part in (made, controls if chosen.path else None) if along]
+    if second is not None:
+        needed += [(part, second, beside) for part in (made, None if along else controls)]
     for part, family, of in needed:
         if part is not None and part.missing(family):
             message(f"taking the gradients of {len(part.items)} images {_OTHER[family]} once, kept in the store")
             data = read(part.source["dataset"], of.denoiser, part.source["creator_column"], progress, silent)
             run_shards(part, family, of, options, data, 1, progress, message)
-    asked = read_queries(loaded, chosen.family, paths, prompts, progress, message, before, along)
+    asked = read_queries(loaded, chosen.family, paths, prompts, progress, message, before, beside)
     groups = _groups(made, chosen.family)
     num_train = float(groups.files.sum())
     factored = solver(made, chosen, damping) if chosen.curvature else None
     h = leverages(made, chosen, damping, factored, groups)
+    late = _late_scale(made, chosen, damping, factored)
     if clusters is not None:
         groups = scoring.shared(groups, clusters)
 
     def scan(
         method: scoring.Method, asked: Queries, k: int | None, h: np.ndarray, controls: Store | None
     ) -> tuple[pd.DataFrame, Creators, Controls | None]:
-        v = scoring.precondition(method, torch.from_numpy(asked.phi), factored, num_train)
+        v = scoring.precondition(method, torch.from_numpy(asked.phi), factored, num_train, late)
         compared = None if controls is None else _control_scores(controls, method, v, asked)
         table, creators = _rank(made, method, v, asked, k, groups, h, compared)
         if intervals:
-            parts = _by_batch(method, asked, factored, num_train)
+            parts = _by_batch(method, asked, factored, num_train, late)
             table, creators = _with_errors(made, method, v, parts, groups, h, table, creators)
         return table, creators, compared
 
-    table, creators, compared = scan(chosen, asked.along_the_path() if chosen.path else asked, k, h, controls)
+    seen = {"base": asked.along_the_path, "late": asked.at_two_points}.get(chosen.beside or "", lambda: asked)()
+    table, creators, compared = scan(chosen, seen, k, h, controls)
     whole = None
     if path and along and asked.loss_base is not None:
         _, along_path, _ = scan(METHODS["path"], asked.along_the_path(), 1, np.zeros(len(h)), None)
@@ -242,7 +250,12 @@ def score_one(
     return Scored(made, loaded, asked, table, creators, compared, losses, whole)
 
 
-_OTHER = {"square": "of another output", "base": "under the model before the fine-tune", "loss": "of the loss"}
+_OTHER = {
+    "square": "of another output",
+    "base": "under the model before the fine-tune",
+    "late": "at ¾ of the way of the fine-tune",
+    "loss": "of the loss",
+}
 
 
 @dataclass(frozen=True)
@@ -262,18 +275,22 @@ def _blocks(made: Store, method: scoring.Method, batches: bool = False) -> Itera
         scaled = zip(content.phi_batch.transpose(1, 0, 2), content.phi_scale.T, strict=True) if batches else ()
         return [rows.astype(np.float32) * scale[:, None] for rows, scale in scaled]
 
-    if not method.path:
+    if method.beside is None:
         for content in made.blocks(method.family):
             yield _Rows(content.item_ids, content.phi, drawn(content))
         return
-    for end, start in zip(made.blocks("loss"), made.blocks("base"), strict=True):
-        if end.item_ids != start.item_ids:
+    for end, other in zip(made.blocks("loss"), made.blocks(method.beside), strict=True):
+        if end.item_ids != other.item_ids:
             raise StoreError(
-                f"store {made.path.name} has gradients under the fine-tune and under its base of different images; "
-                "leave out those that were refused, with influence exclude"
+                f"store {made.path.name} has gradients under the fine-tune and {_OTHER[method.beside]} of different "
+                "images; leave out those that were refused, with influence exclude"
             )
-        both = zip(drawn(end), drawn(start), strict=True)
-        yield _Rows(end.item_ids, (end.phi + start.phi) / 2, [(a + b) / 2 for a, b in both])
+        both = list(zip(drawn(end), drawn(other), strict=True))
+        if method.beside == "base":
+            yield _Rows(end.item_ids, (end.phi + other.phi) / 2, [(a + b) / 2 for a, b in both])
+        else:
+            joined = [np.concatenate(pair, axis=1) for pair in ((end.phi, other.phi), *both)]
+            yield _Rows(end.item_ids, joined[0], joined[1:])
 
 
 def _prompts(made: Store, prompt: str | Sequence[str] | None, count: int) -> list[str | None]:
@@ -326,11 +343,17 @@ def _damping(made: Store, method: scoring.Method, damping: float | None) -> tupl
     return (DAMPING if damping is None else float(damping)), False
 
 
-def _derived_name(made: Store, what: str, method: scoring.Method, damping: float | None) -> str:
+def _derived_name(made: Store, what: str, method: scoring.Method, damping: float | None, *more: str) -> str:
     """Named by all that it depends on."""
     weights = _weights(made)
     several = sorted(weights[weights > 1].items())  # the others weigh 1 each
-    key = (made.family_hash(method.family), method.curvature, repr(_damping(made, method, damping)), repr(several))
+    key = (
+        made.family_hash(method.family),
+        *more,
+        method.curvature,
+        repr(_damping(made, method, damping)),
+        repr(several),
+    )
     return f"{what}-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.safetensors"
 
 
@@ -366,7 +389,7 @@ def leverages(
     made: Store, method: scoring.Method, damping: float | None, factored: Curvature | None, groups: Groups
 ) -> Float64[np.ndarray, " images"]:
     """H of every image, in the order of `groups.ids`; 0 for methods without curvature, which say nothing of it."""
-    if factored is None or method.path:
+    if factored is None or method.beside == "base":
         return np.zeros(len(groups.ids))
     name = _derived_name(made, "leverage", method, damping)
     kept = made.read_derived(name)
@@ -386,6 +409,24 @@ def leverages(
     h = np.minimum(h * weights, curvatures.MAX_LEVERAGE)
     made.write_derived(name, {"h": h})
     return h
+
+
+def _late_scale(made: Store, method: scoring.Method, damping: float | None, factored: Curvature | None) -> float:
+    """The c of `two-point`, by which scores of training images on each other have the same root mean square."""
+    if method.beside != "late" or factored is None:
+        return 1.0
+    name = _derived_name(made, "late-scale", method, damping, made.family_hash(method.beside))
+    kept = made.read_derived(name)
+    if kept is not None:
+        return float(kept["scale"][0])
+    every, seen, parts = max(1, made.num_rows(method.family)[0] // _SAMPLE), 0, []
+    for rows in _blocks(made, method):
+        parts.append(rows.phi[-seen % every :: every])
+        seen += len(rows.phi)
+    end, late = torch.from_numpy(np.concatenate(parts)).double().chunk(2, dim=1)
+    scale = float((curvatures.solve(factored, end) @ end.T).norm() / (curvatures.solve(factored, late) @ late.T).norm())
+    made.write_derived(name, {"scale": np.array([scale])})
+    return scale
 
 
 # Scans of the store -------------------------------------------------------------------------------------------------
@@ -459,14 +500,14 @@ def _rank(
 
 
 def _by_batch(
-    method: scoring.Method, asked: Queries, factored: Curvature | None, num_train: float
+    method: scoring.Method, asked: Queries, factored: Curvature | None, num_train: float, late: float
 ) -> Float64[torch.Tensor, "batches query k"]:
     """V with one batch of the query's draws in place of all; linear in the draws, so that their mean is v."""
     batches = torch.from_numpy(asked.phi_batch).transpose(0, 1)  # [batches, query, k]
     if not len(batches):
         return batches.double()
     plain = replace(method, cosine=False)
-    v = scoring.precondition(plain, batches.flatten(0, 1), factored, num_train).unflatten(0, batches.shape[:2])
+    v = scoring.precondition(plain, batches.flatten(0, 1), factored, num_train, late).unflatten(0, batches.shape[:2])
     return v / torch.from_numpy(asked.phi).double().norm(dim=1)[:, None] if method.cosine else v
 
 

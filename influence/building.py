@@ -75,7 +75,7 @@ def _shard_work(made: Store, family: str, loaded: Loaded, data: datasets.Dataset
         advice="Use the model that the store was made with, or another --store folder.",
     )
     rate = made.build["curvature_rate"] if family == "loss" else 0.0
-    output = "loss" if family == "base" else family
+    output = "square" if family == "square" else "loss"
     recipe = replace(loaded.recipe, output=output, num_draws=made.build["draws"], curvature_rate=rate)
     by_id = {item.item_id: item for item in data.items}
 

@@ -4,6 +4,7 @@ Weights are read from safetensors files alone, in float32; nothing is fetched an
 """
 
 import contextlib
+import copy
 import fnmatch
 import hashlib
 import json
@@ -61,6 +62,24 @@ class Denoiser(Protocol):
 
     def encode_captions(self, captions: list[str]) -> Float[Tensor, "images tokens width"]:
         """Captions → what the network is conditioned on."""
+
+
+def between(start: Denoiser, end: Denoiser, part: float) -> Denoiser:
+    """A model with the weights (1 − part) start + part end.
+
+    Raises:
+        ModelError: The networks have other weights.
+    """
+    theirs, mine = start.network.state_dict(), end.network.state_dict()
+    if [(name, value.shape) for name, value in theirs.items()] != [(name, value.shape) for name, value in mine.items()]:
+        raise ModelError("the model before the fine-tune has other weights than the fine-tuned one; nothing is between")
+    made = copy.copy(end)
+    made.network, made.parameters = copy.deepcopy((end.network, end.parameters))
+    with torch.no_grad():
+        for name, value in made.network.state_dict().items():
+            if value.is_floating_point():
+                value.lerp_(theirs[name].to(value), 1 - part)
+    return made
 
 
 class _Unconditional:

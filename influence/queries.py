@@ -19,6 +19,9 @@ from influence.progress import Message, Progress
 from influence.store import Store
 from influence.taking import decode, encoded, take_arrays
 
+LATE = 0.75
+"""The second point of `two-point`, as a part of the way from the base to the fine-tune."""
+
 
 @dataclass(frozen=True)
 class Queries:
@@ -36,15 +39,22 @@ class Queries:
     """Under the base, on the same draws; `None` if the base is not known."""
     bits: Float64[np.ndarray, "queries parts"] | None = None
     """What the fine-tune gained, in bits per dimension of the evidence bound; `None` if the base is not known."""
-    phi_base: Float32[np.ndarray, "queries k"] | None = None
-    """Features under the base, if they were wanted."""
-    phi_base_batch: Float32[np.ndarray, "queries batches k"] | None = None
+    phi_beside: Float32[np.ndarray, "queries k"] | None = None
+    """Features under a second model, if they were wanted: the base, or one on the way from it."""
+    phi_beside_batch: Float32[np.ndarray, "queries batches k"] | None = None
 
     def along_the_path(self) -> "Queries":
         """With the mean of the features under base and fine-tune in place of these."""
-        assert self.phi_base is not None and self.phi_base_batch is not None
-        phi, batch = (self.phi + self.phi_base) / 2, (self.phi_batch + self.phi_base_batch) / 2
+        assert self.phi_beside is not None and self.phi_beside_batch is not None
+        phi, batch = (self.phi + self.phi_beside) / 2, (self.phi_batch + self.phi_beside_batch) / 2
         return replace(self, phi=phi, phi_batch=batch)
+
+    def at_two_points(self) -> "Queries":
+        """With the features under both models one behind the other."""
+        assert self.phi_beside is not None and self.phi_beside_batch is not None
+        phi = np.concatenate([self.phi, self.phi_beside], axis=1)
+        batch = np.concatenate([self.phi_batch, self.phi_beside_batch], axis=2)
+        return replace(self, phi=phi, phi_batch=batch, phi_beside=None, phi_beside_batch=None)
 
 
 def load_base(
@@ -113,6 +123,16 @@ def under_base(made: Store, loaded: Loaded, before: Denoiser | None) -> Loaded |
     return Loaded(before, loaded.spec, replace(loaded.recipe, parameters=before.parameters))
 
 
+def under_late(loaded: Loaded, start: Loaded) -> Loaded:
+    """The model at `LATE` of the way from the base to the fine-tune.
+
+    Raises:
+        ModelError: The two have other weights.
+    """
+    found = models.between(start.denoiser, loaded.denoiser, LATE)
+    return Loaded(found, loaded.spec, replace(loaded.recipe, parameters=found.parameters))
+
+
 def read_queries(
     loaded: Loaded,
     family: str,
@@ -121,7 +141,7 @@ def read_queries(
     progress: Progress,
     message: Message,
     base: Denoiser | None = None,
-    features_of_base: bool = False,
+    beside: Loaded | None = None,
 ) -> Queries:
     """Take the features of pictures, from draws of their own.
 
@@ -133,7 +153,7 @@ def read_queries(
         progress: Called as work gets done.
         message: Called with remarks on pictures.
         base: The model before the fine-tune.
-        features_of_base: Whether to take features under the base, too.
+        beside: A second model to take features under.
 
     Raises:
         DatasetError: A picture cannot be read.
@@ -141,7 +161,7 @@ def read_queries(
     """
     channels, height, width = loaded.denoiser.image_size
     recipe = replace(loaded.recipe, role="query", output=family, curvature_rate=0.0)
-    ids, taken, losses, losses_base, bits, taken_base = [], [], [], [], [], []
+    ids, taken, losses, losses_base, bits, taken_beside = [], [], [], [], [], []
     of_base = None if base is None else replace(recipe, parameters=base.parameters)
     for done, (path, prompt) in enumerate(zip(paths, prompts, strict=True)):
         progress("queries", done, len(paths))
@@ -161,8 +181,9 @@ def read_queries(
             losses_base.append(features.by_batch(start))
             unit = diffusion.bits(recipe.schedule, torch.from_numpy(t)).numpy()
             bits.append(features.by_batch(unit * (start.astype(np.float64) - after)))
-        if base is not None and features_of_base and family == "loss":
-            taken_base.append(take_arrays(base, of_base, ids[-1:], [pixels], [prompt]))
+        if beside is not None:
+            of_beside = replace(recipe, parameters=beside.denoiser.parameters)
+            taken_beside.append(take_arrays(beside.denoiser, of_beside, ids[-1:], [pixels], [prompt]))
     progress("queries", len(paths), len(paths))
     return Queries(
         paths=[str(path) for path in paths],
@@ -173,8 +194,8 @@ def read_queries(
         loss=np.stack(losses),
         loss_base=np.stack(losses_base) if base is not None else None,
         bits=np.stack(bits) if base is not None else None,
-        phi_base=np.concatenate([found.phi for found in taken_base]) if taken_base else None,
-        phi_base_batch=np.concatenate([found.phi_batch for found in taken_base]) if taken_base else None,
+        phi_beside=np.concatenate([found.phi for found in taken_beside]) if taken_beside else None,
+        phi_beside_batch=np.concatenate([found.phi_batch for found in taken_beside]) if taken_beside else None,
     )
 
 

@@ -9,7 +9,7 @@ from influence.errors import StoreError
 from influence.loading import DEFAULT_BATCH, BuildOptions, Loaded, load_for
 from influence.pipeline import read
 from influence.progress import Message, Progress, silent
-from influence.queries import load_base, under_base
+from influence.queries import load_base, under_base, under_late
 from influence.shards import FAMILIES
 from influence.store import Store
 from influence.verification import Problem, drop, verify
@@ -99,8 +99,8 @@ def _model_of(
     model: str | os.PathLike[str] | None,
     lora: str | os.PathLike[str] | None,
 ) -> Loaded:
-    """What a family's features were taken of: the fine-tuned model, or its base."""
-    if family != "base":
+    """What a family's features were taken of: the fine-tuned model, its base, or a model between them."""
+    if family not in ("base", "late"):
         return loaded
     device = str(next(iter(loaded.denoiser.parameters.values())).device)
     found = under_base(
@@ -108,4 +108,4 @@ def _model_of(
     )
     if found is None:
         raise StoreError(f"the base of store {made.path.name} has other parameters than its fine-tune; nothing dropped")
-    return found
+    return found if family == "base" else under_late(loaded, found)

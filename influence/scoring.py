@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Float, Float32, Float64, Int
 from scipy import sparse
 from torch import Tensor
@@ -24,8 +25,8 @@ class Method:
     formula: str
     family: str = "loss"
     """Which features of the store: of the `loss`, or of the `square` output."""
-    path: bool = False
-    """Whether φ is the mean of those under the base and under the fine-tune."""
+    beside: str | None = None
+    """A second family: `base`, whose mean with the first is taken, or `late`, whose scores are added."""
     curvature: str | None = None
     """Rows that make H: `psi` (curvature rows), `phi` (the features themselves), or `None` for no H."""
     cosine: bool = False
@@ -37,7 +38,13 @@ METHODS: dict[str, Method] = {
     "gauss-newton": Method("τ = (1/N) φ_qᵀ (H + λI)⁻¹ φ_i,  H = (1/R) Σ ψψᵀ", curvature="psi"),
     # The way from the base to the fine-tune, by the trapezoidal rule; see ARCHITECTURE.md.
     "path": Method(
-        "τ = (1/N) φ̄_qᵀ (H + λI)⁻¹ φ̄_i,  φ̄ the mean of φ under base and fine-tune", curvature="psi", path=True
+        "τ = (1/N) φ̄_qᵀ (H + λI)⁻¹ φ̄_i,  φ̄ the mean of φ under base and fine-tune", curvature="psi", beside="base"
+    ),
+    # Scores at the end and at ¾ of the way from the base, each in proportion to its usual size.
+    "two-point": Method(
+        "τ = (1/2N) (φ_qᵀ (H + λI)⁻¹ φ_i + c φ′_qᵀ (H + λI)⁻¹ φ′_i),  φ′ of weights ¼ base + ¾ fine-tune",
+        curvature="psi",
+        beside="late",
     ),
     # Park et al. (2023), one checkpoint, without the loss weights Q.
     "trak": Method("τ = φ_qᵀ (ΦᵀΦ + λI)⁻¹ φ_i", curvature="phi"),
@@ -50,15 +57,23 @@ METHODS: dict[str, Method] = {
 
 
 def precondition(
-    method: Method, phi_q: Float[Tensor, "query k"], curvature: Curvature | None, num_train: float
+    method: Method,
+    phi_q: Float[Tensor, "query k"],
+    curvature: Curvature | None,
+    num_train: float,
+    late: float = 1.0,
 ) -> Float64[Tensor, "query k"]:
-    """v, so that τ = v · φ_i (for cosines: v · φ_i / ‖φ_i‖).
+    """v, so that τ = v · φ_i (for cosines: v · φ_i / ‖φ_i‖); features of two points stand one behind the other.
 
-    For TRAK (ΦᵀΦ + λ′I)⁻¹ = (1/N) (H + λI)⁻¹ with H = ΦᵀΦ/N and λ′ = Nλ: both kinds share the factor 1/N.
+    For TRAK (ΦᵀΦ + λ′I)⁻¹ = (1/N) (H + λI)⁻¹ with H = ΦᵀΦ/N and λ′ = Nλ: both kinds share the factor 1/N. `late` is c
+    of `two-point`.
 
     Raises:
         OptionError: The cosine of a query without gradient is wanted.
     """
+    if curvature is not None and method.beside == "late":
+        end, before = (solve(curvature, part) / (2 * num_train) for part in phi_q.chunk(2, dim=1))
+        return torch.cat([end, late * before], dim=1)
     if curvature is not None:
         return solve(curvature, phi_q) / num_train
     v = phi_q.double()

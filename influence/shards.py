@@ -18,7 +18,7 @@ from influence import commit
 from influence.commit import ADVICE, Committed
 from influence.errors import StoreError
 
-FAMILIES = ("loss", "square", "base")
+FAMILIES = ("loss", "square", "base", "late")
 
 Layout = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 """Shape and type of each dataset."""

@@ -9,8 +9,9 @@ fine-tune's own steps (`influence/horizon.py`).
 """
 
 import argparse
+import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +20,18 @@ import torch
 from ekfac import Ekfac
 from ground_truth import PAPER, prepare
 
-from influence import diffusion, evaluation, features, gradients, keys, metrics, models, retraining
+from influence import diffusion, evaluation, features, finetuning, gradients, keys, metrics, models, retraining
 from influence.curvature import curvature, solve
 from influence.features import Recipe
 from influence.gradients import Inputs, Output
 from influence.horizon import BATCHES, ROWS, horizon_damping
 from influence.projection import PROJECTIONS, Projection
+from influence.queries import LATE
 
 DIM, DRAWS, QUERY_DRAWS = 8192, 40, 128
 DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 RHOS = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
-DEFAULT = "gauss-newton, default"
+DEFAULT, TWO_POINT = "gauss-newton, default", "two-point, default"
 Scores = np.ndarray
 
 
@@ -114,6 +116,21 @@ class Subject:
         )
 
 
+@contextlib.contextmanager
+def moved(subject: Subject, s: float) -> Iterator[None]:
+    """The weights at a point of the way."""
+    parameters = subject.denoiser.parameters
+    end = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    base = finetuning.weights(finetuning.start(subject.truth.base, subject.truth.recipe))
+    lora = subject.truth.recipe.lora_rank is not None
+    for name, parameter in parameters.items():
+        start = (end[name] if "lora_A" in name else 0 * end[name]) if lora else base[name]
+        parameter.data.copy_((1 - s) * start + s * end[name])
+    yield
+    for name, parameter in parameters.items():
+        parameter.data.copy_(end[name])
+
+
 def halves(truth: retraining.Truth) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Masks of the exact halves, −loss by seed, half and query, and the kinds of the queries."""
     runs = evaluation.half_runs(truth, 64, 2)
@@ -162,6 +179,30 @@ def gauss_newton(subject: Subject, lam: float | None = None) -> dict[float, Scor
         "loss-and-curvature", lambda: subject.phi(subject.train, "loss", 0, subject.sketch, float(DRAWS))
     )
     return preconditioned(subject.mean_phi(subject.query, "loss"), both[:n], both[n:], lam)
+
+
+def two_point(subject: Subject, lam: float) -> Scores:
+    """Half of the draws at the end, half at ¾ of the way; a curvature row for each of 40 draws."""
+    n = len(subject.train.ids)
+    psi = np.load(subject.folder / "loss-and-curvature.npy", mmap_mode="r")[n:]
+    sides = (replace(subject.train, draws=DRAWS // 2), subject.query)  # 128 draws of a query at each point
+    end = [
+        subject.kept(name, lambda s=side: subject.phi(s, "loss", 0, subject.sketch))
+        for name, side in zip(("half-train", "loss-query-0"), sides, strict=True)
+    ]
+    if not all((subject.folder / f"late-{side.role}.npy").exists() for side in sides):
+        with moved(subject, LATE):
+            for side in sides:
+                subject.kept(f"late-{side.role}", lambda s=side: subject.phi(s, "loss", 1, subject.sketch))
+    late = [np.load(subject.folder / f"late-{side.role}.npy") for side in sides]
+    blocks = [(psi[i : i + 2000], np.ones(len(psi[i : i + 2000]))) for i in range(0, len(psi), 2000)]
+    factored = curvature(blocks, dim=DIM, damping=lam, num_rows=len(psi), absolute=True)
+    found, sizes = [], []
+    for train, query in (end, late):
+        rows, asked = (torch.tensor(part).double() for part in (train, query))
+        found.append((solve(factored, asked) @ rows.T).numpy() / n)
+        sizes.append(float((solve(factored, rows) @ rows.T).norm()))
+    return (found[0] + sizes[0] / sizes[1] * found[1]) / 2
 
 
 def trak(subject: Subject) -> dict[float, Scores]:
@@ -277,6 +318,7 @@ def all_scores(subject: Subject) -> dict[str, dict[float, Scores]]:
     lam = float(subject.kept("horizon", lambda: np.array(horizon(subject))))
     kept = subject.kept("scores-default", lambda: next(iter(gauss_newton(subject, lam).values())))
     found[DEFAULT] = {lam: np.asarray(kept)}
+    found[TWO_POINT] = {lam: np.asarray(subject.kept("scores-two-point", lambda: two_point(subject, lam)))}
     found["ek-fac"] = ekfac(subject)
     if subject.truth.recipe.lora_rank is not None:
         found["datainf"] = datainf(subject)
@@ -306,14 +348,16 @@ def compare(subject: Subject, out: Path) -> pd.DataFrame:
             best[key] = max(each, key=each.__getitem__)
             blind = blind_choice({d: p[:, chosen] for d, p in dampings.items()}, outcome[:, chosen])
             rows.append([kind, *key, best[key], each[best[key]], blind, each.get(0.1), ceiling])
-        default = next(iter(foretold[DEFAULT, "raw"].values()))[:, chosen]
-        stack = np.stack([default, *(foretold[key][best[key]][:, chosen] for key in foretold)])
+        ours = [next(iter(foretold[name, "raw"].values()))[:, chosen] for name in (DEFAULT, TWO_POINT)]
+        stack = np.stack([*ours, *(foretold[key][best[key]][:, chosen] for key in foretold)])
         repeats = metrics.bootstrap(stack, outcome[:, chosen])
-        for row, column in zip(rows[-len(foretold) :], range(1, len(stack)), strict=True):
-            low, high = np.quantile(repeats[:, 0] - repeats[:, column], [0.025, 0.975])
-            row += [*np.quantile(repeats[:, column], [0.025, 0.975]), low, high]
+        for row, column in zip(rows[-len(foretold) :], range(len(ours), len(stack)), strict=True):
+            row += np.quantile(repeats[:, column], [0.025, 0.975]).tolist()
+            for own in range(len(ours)):
+                row += np.quantile(repeats[:, own] - repeats[:, column], [0.025, 0.975]).tolist()
     names = ["kind", "method", "readout", "best_damping", "lds_best", "lds_blind", "lds_at_0.1", "ceiling"]
-    table = pd.DataFrame(rows, columns=[*names, "low", "high", "default_minus_low", "default_minus_high"])
+    differences = [f"{name}_minus_{end}" for name in ("default", "two_point") for end in ("low", "high")]
+    table = pd.DataFrame(rows, columns=[*names, "low", "high", *differences])
     table.to_csv(out, index=False, float_format="%.4f", lineterminator="\n")
     return table
 

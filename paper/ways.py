@@ -9,18 +9,16 @@ shares are made of (`influence/wholeway.py`), with each query's gain on those 64
 """
 
 import argparse
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from comparison import DIM, Subject, halves, horizon
+from comparison import DIM, Subject, halves, horizon, moved
 from ground_truth import PAPER
 from scipy import sparse
 
-from influence import features, finetuning, metrics
+from influence import features, metrics
 from influence.curvature import Curvature, curvature, solve
 from influence.evaluation import kept_shapley
 from influence.features import Recipe
@@ -28,21 +26,6 @@ from influence.scored import Creators
 from influence.wholeway import whole_way
 
 QUERY_DRAWS, DRAWS, SEED = 64, 20, 3
-
-
-@contextlib.contextmanager
-def moved(subject: Subject, s: float) -> Iterator[None]:
-    """The weights at a point of the way."""
-    parameters = subject.denoiser.parameters
-    end = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    base = finetuning.weights(finetuning.start(subject.truth.base, subject.truth.recipe))
-    lora = subject.truth.recipe.lora_rank is not None
-    for name, parameter in parameters.items():
-        start = (end[name] if "lora_A" in name else 0 * end[name]) if lora else base[name]
-        parameter.data.copy_((1 - s) * start + s * end[name])
-    yield
-    for name, parameter in parameters.items():
-        parameter.data.copy_(end[name])
 
 
 def at(subject: Subject, s: float) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from scipy import sparse
 from tiny_models import pictures, tiny_ddpm, tiny_lora, tiny_stable_diffusion
 
@@ -57,6 +58,35 @@ def test_a_damaged_shard_of_the_base_is_built_again_of_the_base(world, tmp_path)
     assert file.read_bytes() == whole
 
 
+def test_two_points_add_scores_of_equal_size(world):
+    picture = world / "controls" / "002.png"
+    table = influence.attribute(picture, world / "s", method="two-point", k=None, draws=DRAWS, damping=0.3)
+    made = influence.open_store(world / "s")
+    (ids, end, psi), (_, late, _) = stacked(world / "s"), stacked(world / "s", "late")
+    silent = influence.progress.silent
+    loaded, _ = influence.loading.load_for(
+        made, model=None, lora=None, draws=DRAWS, engine="auto", batch_size=64, device="cpu", message=print
+    )
+    base = influence.queries.load_base(made, None, "cpu")
+    between = influence.queries.under_late(loaded, influence.queries.under_base(made, loaded, base))
+    for name, p in between.denoiser.parameters.items():
+        torch.testing.assert_close(p, 0.25 * base.parameters[name] + 0.75 * loaded.denoiser.parameters[name])
+    asked = influence.queries.read_queries(loaded, "loss", [picture], [None], silent, silent, None, between)
+    inverse = np.linalg.inv(psi.T @ psi / len(psi) + 0.3 * (psi**2).sum() / len(psi) / 64 * np.eye(64))
+    c = np.linalg.norm(end @ inverse @ end.T) / np.linalg.norm(late @ inverse @ late.T)
+    q, q_late = (part[0].astype(float) for part in (asked.phi, asked.phi_beside))
+    expected = (end @ inverse @ q + c * late @ inverse @ q_late) / (2 * len(ids))
+    by_item = table.set_index("item_id")["score"]
+    np.testing.assert_allclose([by_item[i] for i in ids], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    assert table["p_value"].between(1 / 6, 1).all() and (table["score_se"] > 0).all()
+    assert (table["leverage"] > 0).any()
+    file = next((world / "s" / "shards").glob("late-*.h5"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100] + bytes(100))
+    influence.repair(world / "s")
+    assert file.read_bytes() == whole
+
+
 def test_scores_are_those_of_the_mean_of_the_features(world):
     picture = world / "data" / "003.png"
     table = influence.attribute(picture, world / "s", method="path", k=None, draws=DRAWS, damping=0.3)
@@ -73,13 +103,12 @@ def test_scores_are_those_of_the_mean_of_the_features(world):
         store, model=None, lora=None, draws=DRAWS, engine="auto", batch_size=64, device="cpu", message=print
     )
     base = influence.queries.load_base(store, None, "cpu")
-    asked = influence.queries.read_queries(
-        loaded, "loss", [picture], [None], influence.progress.silent, influence.progress.silent, base, True
-    )
-    for found, q, rows in zip(dots, (asked.phi, asked.phi_base), (phi, phi0), strict=True):
+    start, silent = influence.queries.under_base(store, loaded, base), influence.progress.silent
+    asked = influence.queries.read_queries(loaded, "loss", [picture], [None], silent, silent, base, start)
+    for found, q, rows in zip(dots, (asked.phi, asked.phi_beside), (phi, phi0), strict=True):
         by_item = found.set_index("item_id")["score"]
         np.testing.assert_allclose([by_item[i] for i in ids], rows @ q[0].astype(float), rtol=1e-4)
-    q = (asked.phi[0] + asked.phi_base[0]).astype(float) / 2
+    q = (asked.phi[0] + asked.phi_beside[0]).astype(float) / 2
     expected = mean @ np.linalg.solve(h, q) / 7
     by_item = table.set_index("item_id")["score"]
     np.testing.assert_allclose([by_item[i] for i in ids], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
@@ -181,8 +210,6 @@ def test_the_base_of_a_lora_is_its_network_with_an_adapter_that_does_nothing(tmp
     store = influence.open_store(tmp_path / "s")
     silent = influence.queries.load_base(store, None, "cpu")
     plain = models.load_denoiser(sd)
-    import torch
-
     x = torch.randn(2, *plain.sample_shape, generator=torch.Generator().manual_seed(0))
     t, c = torch.tensor([5, 700]), plain.encode_captions(["a", "b"])
     with torch.no_grad():

@@ -21,13 +21,19 @@ PHI, PSI, PHI_Q = features(0, N), features(1, 80), features(2, Q)
 IDS = [f"{i:032x}" for i in range(N)]
 
 
+def two_points(rows):
+    return np.concatenate([rows, 2 * rows[:, ::-1]], axis=1)
+
+
 def scored(name, phi=PHI, ids=IDS, block=7, phi_q=PHI_Q):
     method = METHODS[name]
     solver = None
     if method.curvature:
         source = PSI if method.curvature == "psi" else phi
         solver = curvature.curvature([(source, np.ones(len(source)))], dim=K, damping=0.1, num_rows=len(source))
-    v = scoring.precondition(method, torch.from_numpy(phi_q), solver, float(len(phi)))
+    if method.beside == "late":
+        phi, phi_q = two_points(phi), two_points(phi_q)
+    v = scoring.precondition(method, torch.from_numpy(phi_q), solver, float(len(phi)), late=0.5)
     blocks = [(ids[i : i + block], phi[i : i + block]) for i in range(0, len(phi), block)]
     return np.concatenate([tau for _, tau in scoring.scores(method, v, blocks)], axis=1)
 
@@ -35,6 +41,10 @@ def scored(name, phi=PHI, ids=IDS, block=7, phi_q=PHI_Q):
 def oracle(name):
     if name in ("gauss-newton", "path"):  # what differs are the features
         return damped_inverse_times(PSI, np.ones(80), 0.1, PHI_Q) @ PHI.T / N
+    if name == "two-point":
+        end = damped_inverse_times(PSI, np.ones(80), 0.1, PHI_Q) @ PHI.T / N
+        late = damped_inverse_times(PSI, np.ones(80), 0.1, 2 * PHI_Q[:, ::-1]) @ (2 * PHI[:, ::-1]).T / N
+        return (end + 0.5 * late) / 2
     if name in ("trak", "d-trak"):
         gram = PHI.T.astype(float) @ PHI
         lam = 0.1 * np.trace(gram) / K
