@@ -140,7 +140,7 @@ def answer(
         facts={
             name: scored.table.attrs[name] for name in ("method", "formula", "damping", "draws", "controls", "models")
         }
-        | {"usage": weights.tolist(), "totals": "end" if scored.whole is None else "whole way"},
+        | {"usage": weights.tolist(), "totals": "sums of scores" if scored.whole is None else "whole way"},
     )  # fmt: skip
 
 

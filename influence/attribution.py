@@ -223,11 +223,10 @@ def score_one(
             table, creators = _with_errors(made, method, v, parts, groups, h, table, creators)
         return table, creators, compared
 
-    seen = {"base": asked.along_the_path, "late": asked.at_two_points}.get(chosen.beside or "", lambda: asked)()
-    table, creators, compared = scan(chosen, seen, k, h, controls)
+    table, creators, compared = scan(chosen, asked.with_beside(chosen.beside), k, h, controls)
     whole = None
     if path and along and asked.loss_base is not None:
-        _, along_path, _ = scan(METHODS["path"], asked.along_the_path(), 1, np.zeros(len(h)), None)
+        _, along_path, _ = scan(METHODS["path"], asked.with_beside("base"), 1, np.zeros(len(h)), None)
         whole = whole_way(creators, along_path, asked.loss_base - asked.loss)
     count = 0 if compared is None else len(compared.item_ids)
     if 0 < count < significance.MIN_CONTROLS:

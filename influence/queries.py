@@ -43,17 +43,13 @@ class Queries:
     """Features under a second model, if they were wanted: the base, or one on the way from it."""
     phi_beside_batch: Float32[np.ndarray, "queries batches k"] | None = None
 
-    def along_the_path(self) -> "Queries":
-        """With the mean of the features under base and fine-tune in place of these."""
+    def with_beside(self, beside: str | None) -> "Queries":
+        """Features as methods read them: the mean with those under the `base`, or those of `late` behind the end's."""
+        if beside is None:
+            return self
         assert self.phi_beside is not None and self.phi_beside_batch is not None
-        phi, batch = (self.phi + self.phi_beside) / 2, (self.phi_batch + self.phi_beside_batch) / 2
-        return replace(self, phi=phi, phi_batch=batch)
-
-    def at_two_points(self) -> "Queries":
-        """With the features under both models one behind the other."""
-        assert self.phi_beside is not None and self.phi_beside_batch is not None
-        phi = np.concatenate([self.phi, self.phi_beside], axis=1)
-        batch = np.concatenate([self.phi_batch, self.phi_beside_batch], axis=2)
+        pairs = (self.phi, self.phi_beside), (self.phi_batch, self.phi_beside_batch)
+        phi, batch = ((a + b) / 2 if beside == "base" else np.concatenate([a, b], axis=-1) for a, b in pairs)
         return replace(self, phi=phi, phi_batch=batch, phi_beside=None, phi_beside_batch=None)
 
 

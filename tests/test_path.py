@@ -136,7 +136,7 @@ def test_shares_are_of_the_whole_way_where_the_base_is_known(world):
     assert (shares["group_score_se"] > 0).all()
     assert "end_group_sum" in set(made.shares["estimator"])
     without = influence.answer(picture, world / "of_base", draws=DRAWS)
-    assert without.facts["totals"] == "end" and "end_group_sum" not in set(without.shares["estimator"])
+    assert without.facts["totals"] == "sums of scores" and "end_group_sum" not in set(without.shares["estimator"])
 
 
 def made_up(totals, batches=0, seed=0, spread=0.01):
