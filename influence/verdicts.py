@@ -46,11 +46,12 @@ def verdict(
         image_q: q-values of the images.
 
     Returns:
-        `near_copy` before all else. `not_from_model` if the fine-tune gained less on it than on 95 % of the controls
-        and the base predicts it better, or if its loss is above that of every one of at least 99 controls: noise, a
-        photograph, another model's picture. `not_attributable` if no gain is shown (as for many pictures that a weak
-        fine-tune made itself), or nothing stands out against the controls. `weak` if single images do and no creator
-        does.
+        `near_copy` before all else. `not_from_model` if its loss is above that of every one of at least 99 controls and
+        no gain of the fine-tune is shown, or if the base predicts it better, the gain is below and the loss above that
+        of 95 % of the controls: noise, a photograph, another model's picture. One of the two alone is not enough: a
+        weak model's own pictures can be less likely under it than real ones. `not_attributable` if no gain is shown
+        (as for many pictures that a weak fine-tune made itself), or nothing stands out against the controls. `weak` if
+        single images do and no creator does.
     """
     found = _explained(loss, gain, gain_p, control_losses, control_gains)
     if near_copy:
@@ -75,16 +76,23 @@ def _explained(
     loss: float, gain: float | None, gain_p: float | None, control_losses: np.ndarray, control_gains: np.ndarray
 ) -> Verdict | None:
     """A verdict if the fine-tune does not explain the picture."""
-    strangers = len(control_losses)
-    if strangers >= significance.MIN_CONTROLS and loss > control_losses.max():
-        return Verdict("not_from_model", f"its loss is above that of all {strangers} controls", False)
-    if gain_p is not None and gain is not None:
-        below = int((control_gains <= gain).sum())
+    strangers, known = len(control_losses), gain_p is not None and gain is not None
+    gained = known and gain_p <= ALPHA
+    if strangers >= significance.MIN_CONTROLS and loss > control_losses.max() and not gained:
+        shown = "and the fine-tune gained nothing on it" if known else "and what the fine-tune gained is not known"
+        return Verdict("not_from_model", f"its loss is above that of all {strangers} controls, {shown}", False)
+    if known:
         worse = 1 - gain_p <= ALPHA
-        if worse and len(control_gains) and (1 + below) / (1 + len(control_gains)) <= ALPHA:
-            return Verdict("not_from_model", "the fine-tune gained less on it than on 95 % of the controls", False)
+        if worse and _rare(control_gains <= gain) and _rare(control_losses >= loss):
+            reason = "its loss is above, and the fine-tune's gain on it below, that of 95 % of the controls"
+            return Verdict("not_from_model", reason, False)
         if worse:
             return Verdict("not_attributable", "the base predicts it better than the fine-tune does", False)
         if gain_p > ALPHA:
             return Verdict("not_attributable", "the fine-tune predicts it no better than its base does", False)
     return None
+
+
+def _rare(beyond: np.ndarray) -> bool:
+    """Whether at most 5 % of the controls are as far out; not without controls."""
+    return bool(len(beyond)) and (1 + int(beyond.sum())) / (1 + len(beyond)) <= ALPHA

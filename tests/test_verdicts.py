@@ -21,9 +21,12 @@ KNOWN = {
         ({"near_copy": True, "gain": -0.01, "gain_p": 1.0}, "near_copy", False),
         ({"creator_q": np.array([0.2, 0.9])}, "not_attributable", True),
         ({"creator_q": np.array([0.2, 0.9]), "image_q": np.array([0.05])}, "weak", True),
-        ({"loss": 0.5}, "not_from_model", False),
+        ({"loss": 0.5}, "attributable", True),
+        ({"loss": 0.5, "gain": 0.0, "gain_p": 0.5}, "not_from_model", False),
+        ({"loss": 0.5, "gain": None, "gain_p": None, "control_gains": np.empty(0)}, "not_from_model", False),
         ({"loss": 0.5, "control_losses": LOSSES[:20]}, "attributable", True),
-        ({"gain": -0.02, "gain_p": 0.9999}, "not_from_model", False),
+        ({"gain": -0.02, "gain_p": 0.9999}, "not_attributable", False),
+        ({"gain": -0.02, "gain_p": 0.9999, "loss": LOSSES.max()}, "not_from_model", False),
         ({"gain": -0.001, "gain_p": 0.999}, "not_attributable", False),
         ({"gain": 0.0001, "gain_p": 0.4}, "not_attributable", False),
         ({"gain": None, "gain_p": None, "control_gains": np.empty(0)}, "attributable", True),
@@ -38,6 +41,6 @@ def test_verdicts(changes, expected, explained):
 
 
 def test_reasons_never_claim_copying_or_debt():
-    for changes in ({}, {"near_copy": True}, {"loss": 0.5}, {"gain": -0.02, "gain_p": 1.0}):
+    for changes in ({}, {"near_copy": True}, {"loss": 0.5, "gain_p": 0.5}, {"gain": -0.02, "gain_p": 1.0}):
         words = verdict(**KNOWN | changes).reason
         assert not any(word in words for word in ("stolen", "owed", "source"))
