@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +32,8 @@ from influence.wholeway import whole_way
 Stores = str | os.PathLike[str] | Store | Sequence[str | os.PathLike[str] | Store]
 DAMPING = 0.1
 """λ in units of tr(H)/k, where nothing is known of the fine-tune's steps."""
+_LAST: weakref.WeakKeyDictionary[Store, tuple[str, Curvature]] = weakref.WeakKeyDictionary()
+"""The name and the factor that an open store used last."""
 _SAMPLE = 256  # images, about, whose scores on each other give the usual size of scores
 
 
@@ -215,11 +218,10 @@ def score_one(
     def scan(
         method: scoring.Method, asked: Queries, k: int | None, h: np.ndarray, controls: Store | None
     ) -> tuple[pd.DataFrame, Creators, Controls | None]:
-        v = scoring.precondition(method, torch.from_numpy(asked.phi), factored, num_train, late)
+        v, parts = _preconditioned(method, asked, factored, num_train, late, intervals)
         compared = None if controls is None else _control_scores(controls, method, v, asked)
         table, creators = _rank(made, method, v, asked, k, groups, h, compared)
         if intervals:
-            parts = _by_batch(method, asked, factored, num_train, late)
             table, creators = _with_errors(made, method, v, parts, groups, h, table, creators)
         return table, creators, compared
 
@@ -357,10 +359,16 @@ def _derived_name(made: Store, what: str, method: scoring.Method, damping: float
 
 
 def solver(made: Store, method: scoring.Method, damping: float | None) -> Curvature:
-    """Factor H + λI, or read it back if it was factored before; `damping` as for `attribute`."""
+    """Factor H + λI, or read it back if it was factored before; `damping` as for `attribute`.
+
+    A store that stays open keeps the last one in memory: the file of k = 8192 has half a gigabyte.
+    """
     value, absolute = _damping(made, method, damping)
     weights = _weights(made)
     name = _derived_name(made, "curvature", method, damping)
+    last, found = _LAST.get(made, ("", None))
+    if found is not None and last == name:
+        return found
     num_rows = made.num_rows(method.family)[method.curvature == "psi"]
 
     def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -377,10 +385,13 @@ def solver(made: Store, method: scoring.Method, damping: float | None) -> Curvat
         psi = None
         if len(factor) != made.spec.dim or num_rows < made.spec.dim:
             psi = curvatures.stack(blocks())
-        return Curvature(factor, *(float(fact) for fact in facts), psi)
+        found = Curvature(factor, *(float(fact) for fact in facts), psi)
+        _LAST[made] = name, found
+        return found
     made_now = curvatures.curvature(blocks(), dim=made.spec.dim, damping=value, num_rows=num_rows, absolute=absolute)
     facts = np.array([made_now.damping, made_now.rows, made_now.unit])
     made.write_derived(name, {"factor": made_now.factor.numpy(), "facts": facts})
+    _LAST[made] = name, made_now
     return made_now
 
 
@@ -498,16 +509,22 @@ def _rank(
     )
 
 
-def _by_batch(
-    method: scoring.Method, asked: Queries, factored: Curvature | None, num_train: float, late: float
-) -> Float64[torch.Tensor, "batches query k"]:
-    """V with one batch of the query's draws in place of all; linear in the draws, so that their mean is v."""
-    batches = torch.from_numpy(asked.phi_batch).transpose(0, 1)  # [batches, query, k]
-    if not len(batches):
-        return batches.double()
-    plain = replace(method, cosine=False)
-    v = scoring.precondition(plain, batches.flatten(0, 1), factored, num_train, late).unflatten(0, batches.shape[:2])
-    return v / torch.from_numpy(asked.phi).double().norm(dim=1)[:, None] if method.cosine else v
+def _preconditioned(
+    method: scoring.Method,
+    asked: Queries,
+    factored: Curvature | None,
+    num_train: float,
+    late: float,
+    intervals: bool,
+) -> tuple[Float64[torch.Tensor, "query k"], Float64[torch.Tensor, "batches query k"]]:
+    """V, and V with one batch of the query's draws in place of all, by one solve; no batches without intervals."""
+    phi, batches = torch.from_numpy(asked.phi), torch.from_numpy(asked.phi_batch).transpose(0, 1)
+    rows = torch.cat([phi[None], batches if intervals else batches[:0]])
+    if method.cosine:
+        v = scoring.precondition(method, phi, factored, num_train)
+        return v, rows[1:].double() / phi.double().norm(dim=1)[:, None]
+    found = scoring.precondition(method, rows.flatten(0, 1), factored, num_train, late).unflatten(0, rows.shape[:2])
+    return found[0], found[1:]
 
 
 def _with_errors(

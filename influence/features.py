@@ -130,7 +130,8 @@ def losses(
         for start in range(0, recipe.num_draws, recipe.batch_size):
             which = np.arange(start, min(start + recipe.batch_size, recipe.num_draws))
             clean, t, eps, condition = _rows(recipe, item_ids, x0, cond, np.array([i]), which[None])
-            prediction = network(diffusion.noised(recipe.schedule, clean, t, eps), t, condition)
+            with torch.autocast(x0.device.type, dtype=torch.bfloat16, enabled=recipe.bf16):
+                prediction = network(diffusion.noised(recipe.schedule, clean, t, eps), t, condition)
             found[i, which] = diffusion.losses(recipe.schedule, prediction, clean, t, eps).cpu().numpy()
             steps[i, which] = t.cpu().numpy()
     return found, steps

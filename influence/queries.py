@@ -170,8 +170,11 @@ def read_queries(
         if not np.isfinite(found.phi).all():
             raise GradientError(f"{path}: its loss or gradient is not finite under this model")
         taken.append(found)
-        after, t = _losses(loaded.denoiser, recipe, ids[-1], pixels, prompt)
-        losses.append(features.by_batch(after))
+        if base is None and family == "loss":
+            losses.append(found.loss_batch[0] if found.loss_batch.size else found.loss)
+        else:
+            after, t = _losses(loaded.denoiser, recipe, ids[-1], pixels, prompt)
+            losses.append(features.by_batch(after))
         if base is not None:
             start, _ = _losses(base, of_base, ids[-1], pixels, prompt)
             losses_base.append(features.by_batch(start))

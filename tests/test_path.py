@@ -10,7 +10,7 @@ from scipy import sparse
 from tiny_models import pictures, tiny_ddpm, tiny_lora, tiny_stable_diffusion
 
 import influence
-from influence import models
+from influence import features, models
 from influence.errors import OptionError
 from influence.scored import Creators
 from influence.wholeway import whole_way
@@ -216,3 +216,18 @@ def test_the_base_of_a_lora_is_its_network_with_an_adapter_that_does_nothing(tmp
         torch.testing.assert_close(silent.network(x, t, c), plain.network(x, t, c), rtol=1e-5, atol=1e-5)
     made = influence.answer(tmp_path / "data" / "001.png", store, prompt="x", draws=DRAWS)
     assert made.facts["totals"] == "whole way"
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_losses_by_forwards_alone_are_those_of_the_features_in_the_same_precision(world, bf16):
+    store = influence.open_store(world / "s")
+    loaded, _ = influence.loading.load_for(
+        store, model=None, lora=None, draws=DRAWS, engine="auto", batch_size=64, device="cpu", message=print
+    )
+    recipe = replace(loaded.recipe, bf16=bf16)
+    x0 = torch.randn(2, *loaded.denoiser.sample_shape, generator=torch.Generator().manual_seed(0))
+    taken = features.features(loaded.denoiser.network, recipe, ["a", "b"], x0, None)
+    found, t = features.losses(loaded.denoiser.network, recipe, ["a", "b"], x0, None)
+    np.testing.assert_allclose(found.mean(1), taken.loss, rtol=1e-5)
+    np.testing.assert_allclose([features.by_batch(row) for row in found], taken.loss_batch, rtol=1e-5)
+    assert (np.diff(t, axis=1) >= 0).all()  # a draw from each stratum, in order
