@@ -7,6 +7,7 @@ import io
 import itertools
 import re
 from dataclasses import asdict, dataclass
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import parquet
 
-from influence import commit
+from influence import commit, shards
 from influence.commit import Committed
 from influence.errors import StoreError
 from influence.exclusions import Exclusions
@@ -179,7 +180,8 @@ def _assign(
 
 def images_per_shard(count: int, dim: int, curvature_rate: float, batches: int) -> int:
     """About 64 shards, of 8 images at least and 128 MB at most."""
-    bytes_per_image = dim * (4 * (1 + curvature_rate) + 2 * batches)
+    sample = 1024
+    bytes_per_image = shards.size(shards.layout(sample, ceil(curvature_rate * sample), dim, batches)) / sample
     return max(1, min(max(8, -(-count // 64)), int(_SHARD_BYTES / bytes_per_image)))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 from stores import BUILD, SPEC, content_of, files, fill, filled, make, table, with_spec
@@ -154,10 +154,11 @@ def test_a_data_set_that_lost_images_is_refused(tmp_path):
 
 
 @given(st.integers(1, 10**7), st.integers(1, 10**6), st.floats(0, 100), st.integers(0, 16))
+@example(2076846, 229, 0.0, 7)  # small rows, beside which ids and scales count
 def test_shards_are_neither_tiny_nor_huge(count, dim, rate, batches):
     size = items.images_per_shard(count, dim, rate, batches)
     assert size >= 1
-    assert size == 1 or shards.size(shards.layout(size, int(size * rate), dim, batches)) <= 129 << 20
+    assert size == 1 or shards.size(shards.layout(size, int(size * rate), dim, batches)) <= 128 << 20
     assert size <= max(8, -(-count // 64))
 
 
