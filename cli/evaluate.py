@@ -18,7 +18,7 @@ import influence
 _common = options_of(
     click.option("--store", required=True, type=click.Path(path_type=Path)),
     click.option("--method", "methods", multiple=True, type=click.Choice(list(influence.METHODS)),
-                 default=("gauss-newton",), show_default=True, help="May be given several times."),
+                 help="May be given several times.  [default: that of attribute; for doctor gauss-newton]"),
     click.option("--damping", type=float, help="λ in units of tr(H)/k.  [default: that of the fine-tune's steps]"),
     click.option("--draws", type=int, default=256, show_default=True, help="Draws (t, ε) of each picture's gradient."),
     click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …"),
@@ -66,7 +66,7 @@ def _begin(
     opened = influence.truth_of(made, truth, base=base, queries=folders, recipe=recipe)
     scores = {
         method: influence.score_matrix(made, opened, method=method, progress=show, message=say, **options)
-        for method in methods
+        for method in methods or [influence.default_method(made.source)]
     }
     return opened, scores
 
@@ -135,8 +135,8 @@ def doctor(
     prompts = None if prompt is None else [prompt] * len(images)
     with progress() as show:
         table = influence.doctor(
-            influence.open_store(store), images, prompts=prompts, method=methods[0], progress=show, message=say,
-            **options,
+            influence.open_store(store), images, prompts=prompts, progress=show, message=say,
+            **options, **({"method": methods[0]} if methods else {}),
         )  # fmt: skip
     _print(table, as_json)
     if not table["ok"].all():

@@ -183,7 +183,11 @@ class _Count(click.ParamType):
     help="Several, of models retrained on the same data set, give means.",
 )
 @click.option("-k", "k", type=_Count(), default="10", show_default=True, help="Rows for each picture, or all.")
-@click.option("--method", type=click.Choice(list(influence.METHODS)), default="gauss-newton", show_default=True)
+@click.option(
+    "--method",
+    type=click.Choice(list(influence.METHODS)),
+    help="[default: two-point if the base is known, or else gauss-newton]",
+)
 @click.option("--damping", type=float, help="λ in units of tr(H)/k.  [default: that of the fine-tune's steps]")
 @click.option("--draws", type=int, default=256, show_default=True, help="Draws (t, ε) of each picture.")
 @click.option("--prompt", help="What the picture was made with; needed if the model reads captions.")

@@ -40,12 +40,14 @@ from influence.store import Store, exclude, open_store
 from influence.tables import FORMATS
 from influence.verdicts import VERDICTS
 from influence.verification import Problem, verify
+from influence.waypoints import default_method
 
 __all__ = [  # noqa: RUF022 - grouped by what they are
     # the verbs
     "answer",
     "attribute",
     "build",
+    "default_method",
     "demo",
     "doctor",
     "duplicate_clusters",

@@ -50,7 +50,7 @@ def answer(
     store: Stores,
     *,
     k: int | None = None,
-    method: str = "gauss-newton",
+    method: str | None = None,
     damping: float | None = None,
     draws: int = 256,
     prompt: str | Sequence[str] | None = None,
@@ -76,7 +76,7 @@ def answer(
         images: One picture file, or several.
         store: A store, or several, as for `attribute`.
         k: Rows of scores for each query; `None` for all.
-        method: Name in `METHODS`.
+        method: As for `attribute`.
         damping: As for `attribute`.
         draws: S of a query.
         prompt: The prompt that the pictures were made with, or one for each; needed if the model reads captions.

@@ -16,6 +16,7 @@ from influence.loading import BuildOptions, Loaded, load
 from influence.progress import Message, Progress, silent
 from influence.store import ShardContent, Store
 from influence.taking import take
+from influence.waypoints import load_base, waypoint
 
 _NOT_FINITE = "its loss or gradient is not finite"
 _GONE = "it is excluded, and was not in the data set when its shard was built"
@@ -32,7 +33,7 @@ def run_shards(
     message: Message,
     only: Collection[int] | None = None,
 ) -> None:
-    """Build the shards of one family that are not there yet: all, or `only` some."""
+    """Build the shards of one family, of the model `loaded`, that are not there yet: all, or `only` some."""
     todo = [shard for shard in made.missing(family) if only is None or shard in only]
     finished = len(made.records(family))
     total = finished + len(todo)
@@ -61,8 +62,12 @@ def _prepare_worker(
 ) -> executors.Work:
     """In a worker process: load everything again."""
     torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // workers)))
-    loaded = load(options, silent)
-    return _shard_work(store.open_store(path), family, loaded, data)
+    loaded, made = load(options, silent), store.open_store(path)
+    if family in ("base", "late"):
+        before = load_base(made.source, made.spec, None, loaded.device)
+        assert before is not None
+        loaded = waypoint(family, loaded, before)
+    return _shard_work(made, family, loaded, data)
 
 
 def _shard_work(made: Store, family: str, loaded: Loaded, data: datasets.Dataset) -> executors.Work:

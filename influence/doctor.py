@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from influence import attribution, datasets, keys, loading, metrics, pipeline, scoring, taking, training
+from influence import attribution, datasets, derived, keys, loading, metrics, pipeline, scoring, taking, training
 from influence.curvature import Curvature, curvature
 from influence.errors import OptionError
 from influence.features import Features
@@ -71,7 +71,7 @@ def doctor(
     own = len(queries)
     queries += list(zip(map(Path, images), prompts or [None] * len(images), strict=True))
 
-    solver = attribution.solver(store, chosen, damping) if chosen.curvature else None
+    solver = derived.solver(store, chosen, damping) if chosen.curvature else None
     count = float(len(ids))
 
     def tau(features: np.ndarray, train: np.ndarray, solved: Curvature | None = solver) -> np.ndarray:

@@ -84,6 +84,11 @@ def _require_same(first: Scored, other: Scored) -> None:
             f"stores {names[0]} and {names[1]} differ in {max(len(a ^ b), 1)} images or creators; several must be of "
             "one data set, with the same exclusions"
         )
+    methods = [part.table.attrs["method"] for part in (first, other)]
+    if methods[0] != methods[1]:
+        raise OptionError(
+            f"store {names[0]} would be asked with {methods[0]} and {names[1]} with {methods[1]}; name one --method"
+        )
     if _control_ids(first) != _control_ids(other):
         raise OptionError(
             f"stores {names[0]} and {names[1]} have other controls; build both with the same --controls, or none"

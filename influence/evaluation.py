@@ -72,13 +72,13 @@ def truth_of(
     )
 
 
-def score_matrix(store: Store, truth: Truth, *, method: str = "gauss-newton", **options: Any) -> Scores:
+def score_matrix(store: Store, truth: Truth, *, method: str | None = None, **options: Any) -> Scores:
     """τ of all queries and images of a truth, in its order.
 
     Args:
         store: A store of the fine-tune.
         truth: The truth.
-        method: Name in `METHODS`.
+        method: As for `attribute`.
         options: As for `attribute`.
 
     Raises:

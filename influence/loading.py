@@ -29,6 +29,11 @@ class Loaded:
     spec: FeatureSpec
     recipe: Recipe
 
+    @property
+    def device(self) -> str:
+        """Where the model is."""
+        return str(next(iter(self.denoiser.parameters.values())).device)
+
 
 @dataclass(frozen=True)
 class BuildOptions:

@@ -4,14 +4,14 @@ import functools
 import importlib.metadata
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from influence import datasets, diffusion, finetuning, keys, models, shards, store
+from influence import datasets, diffusion, finetuning, keys, shards, store
 from influence import items as tables
 from influence.building import run_shards
 from influence.errors import DatasetError, OptionError
@@ -22,6 +22,7 @@ from influence.models import Denoiser
 from influence.progress import Message, Progress, silent
 from influence.store import Store
 from influence.taking import decode, encoded
+from influence.waypoints import base_is_known, load_base, require_same_parameters, waypoint
 
 LIBRARIES = ("influence", "torch", "diffusers", "peft", "transformers", "numpy", "h5py", "pillow")
 COPIES = 4  # of a shard's rows, at its commit: the features, HDF5's image of them, the bytes of the file, both again
@@ -55,7 +56,8 @@ def build(
 ) -> Store:
     """Take the features of every image of a fine-tune data set and keep them in a store.
 
-    Run again, it goes on where it stopped, and takes only the features of images that were added.
+    Where the model before the fine-tune is known they are taken at a second point of its way, too, for the default
+    method. Run again, it goes on where it stopped, and takes only the features of images that were added.
 
     Args:
         dataset: Image folder with `metadata.csv` or `metadata.jsonl`, or with captions in `.txt` files.
@@ -106,24 +108,62 @@ def build(
     )
     loaded = load(options, message)
     data = read(dataset, loaded.denoiser, creator_column, progress, message)
-    source = {
-        "model": options.model,
-        "lora": options.lora,
-        "base": None if base is None else str(Path(base).absolute()),
-        "base_model": None if base is None else models.load_denoiser(Path(base)).identity["model"],
-        "parameters": options.parameters,
-        "resolution": options.resolution,
-        "creator_column": creator_column,
-    }
+    source = source_of(options, base, creator_column, loaded)
     if memory is not None:
         held = COPIES * shard_bytes(loaded, options, data, curvature_budget(loaded, options, data, curvature_rows)[1])
+        held += waypoint_bytes(source, loaded)
         loaded, options = within_memory(loaded, options, memory, held, message, workers)
     source["damping"] = _own_damping(Path(store), loaded, options, data, recipe, message)
     made = _open_or_create(Path(store), loaded, options, data, curvature_rows, source)
     run_shards(made, "loss", loaded, options, data, workers, progress, message)
+    parts = [(made, options, data)]
     if controls is not None:
-        _build_controls(made, loaded, options, controls, source, workers, progress, message)
+        parts.append(_controls(made, loaded, options, controls, source, message))
+        run_shards(parts[1][0], "loss", loaded, parts[1][1], parts[1][2], workers, progress, message)
+    parts = [part for part in parts if part[0].missing("late")]
+    if parts and base_is_known(made.source):
+        late = _late(made, loaded)
+        for part, how, images in parts:
+            run_shards(part, "late", late, how, images, workers, progress, message)
     return made
+
+
+def source_of(
+    options: BuildOptions, base: str | os.PathLike[str] | None, creator_column: str | None, loaded: Loaded
+) -> dict[str, Any]:
+    """Where things come from, as the store keeps it.
+
+    Raises:
+        InfluenceError: The base cannot be loaded, or is none of this fine-tune.
+    """
+    source = {
+        "model": options.model,
+        "lora": options.lora,
+        "base": None if base is None else str(Path(base).absolute()),
+        "base_model": None,
+        "parameters": options.parameters,
+        "resolution": options.resolution,
+        "creator_column": creator_column,
+    }
+    if base is not None:
+        before = load_base(source, loaded.spec, None, "cpu")
+        assert before is not None
+        require_same_parameters(before, loaded.denoiser)
+        source["base_model"] = before.identity["model"]
+    return source
+
+
+def waypoint_bytes(source: Mapping[str, Any], loaded: Loaded) -> int:
+    """Bytes of the networks that are held beside the fine-tuned one, if its base is known: base, and ¾ of the way."""
+    weights = loaded.denoiser.network.state_dict().values()
+    return 2 * sum(value.numel() * value.element_size() for value in weights) if base_is_known(source) else 0
+
+
+def _late(made: Store, loaded: Loaded) -> Loaded:
+    """The model at the second point of the way; the base is not kept."""
+    before = load_base(made.source, made.spec, None, loaded.device)
+    assert before is not None
+    return waypoint("late", loaded, before)
 
 
 def read(
@@ -269,17 +309,15 @@ def read_controls(
     return others
 
 
-def _build_controls(
+def _controls(
     made: Store,
     loaded: Loaded,
     options: BuildOptions,
     controls: str | os.PathLike[str],
     source: dict[str, Any],
-    workers: int,
-    progress: Progress,
     message: Message,
-) -> None:
-    """Take the features of control images into a store inside the store; it has no curvature rows."""
+) -> tuple[Store, BuildOptions, datasets.Dataset]:
+    """A store of control images inside the store, without curvature rows; how it is built, and its images."""
     members = set(made.items["item_id"]) | made.excluded
     others = read_controls(controls, loaded.denoiser, source["creator_column"], members, message)
     options = replace(options, dataset=str(Path(controls).absolute()))
@@ -289,5 +327,4 @@ def _build_controls(
             f"the controls of store {made.path.name} are those of {before.source['dataset']}; pass that folder again, "
             "with more pictures if there are more, or build another --store"
         )
-    inside = _open_or_create(made.path / store.CONTROLS, loaded, options, others, 0, source)
-    run_shards(inside, "loss", loaded, options, others, workers, progress, message)
+    return _open_or_create(made.path / store.CONTROLS, loaded, options, others, 0, source), options, others

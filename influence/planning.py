@@ -15,6 +15,7 @@ from influence.features import Recipe
 from influence.horizon import BATCHES, ROWS
 from influence.memory import peak
 from influence.progress import Message, Progress, silent
+from influence.waypoints import base_is_known
 
 Shape = tuple[bool, int, int]
 """Of a forward: whether it gives curvature rows, its rows of φ, and the draws of each."""
@@ -68,7 +69,8 @@ def plan(
         InfluenceError: An input cannot be used.
     """
     recipe_file = options.pop("recipe", None)
-    for name in ("store", "workers", "base"):
+    base = options.pop("base", None)
+    for name in ("store", "workers"):
         options.pop(name, None)
     start = time.perf_counter()
     chosen = loading.BuildOptions(str(dataset), str(model), None if lora is None else str(lora), **options)
@@ -80,7 +82,8 @@ def plan(
         others = pipeline.read_controls(controls, loaded.denoiser, creator_column, members, message)
     _, rate = pipeline.curvature_budget(loaded, chosen, data, curvature_rows)
     setup = time.perf_counter() - start
-    kept = pipeline.COPIES * pipeline.shard_bytes(loaded, chosen, data, rate)
+    source = pipeline.source_of(chosen, base, creator_column, loaded)
+    kept = pipeline.COPIES * pipeline.shard_bytes(loaded, chosen, data, rate) + pipeline.waypoint_bytes(source, loaded)
     if memory is not None:
         loaded, chosen = loading.within_memory(loaded, chosen, memory, kept, message)
     denoiser, k = loaded.denoiser, loaded.spec.dim
@@ -99,8 +102,16 @@ def plan(
         draws = which | draws
         rows |= {shape: rows.get(shape, 0.0) + count for shape, count in found.items()}
         psi_rows = round(sum(count for shape, count in found.items() if shape[0]))
-        layout = shards.layout(len(ids), psi_rows, k, batches)
-        disk += shards.size(layout) + _FILES * -(-len(ids) // per_shard) + _ROW * len(ids)
+        disk += _ROW * len(ids)
+        families = [psi_rows]
+        if base_is_known(source):  # the second point of the way has no curvature rows
+            found, which = forwards(replace(recipe, curvature_rate=0.0), ids, per_shard)
+            draws = which | draws
+            rows |= {shape: rows.get(shape, 0.0) + count for shape, count in found.items()}
+            families.append(0)
+        for family_rows in families:
+            layout = shards.layout(len(ids), family_rows, k, batches)
+            disk += shards.size(layout) + _FILES * -(-len(ids) // per_shard)
     commonest = {shape[0]: shape for shape in sorted(rows, key=rows.__getitem__)}
 
     items = sorted({item.item_id: item for item in data.items}.values(), key=lambda item: item.item_id)

@@ -2,25 +2,22 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float32, Float64, Int64
 
-from influence import datasets, diffusion, features, models
-from influence.errors import DatasetError, GradientError, OptionError
-from influence.features import Recipe
+from influence import datasets, diffusion, features
+from influence.errors import DatasetError, GradientError
+from influence.features import Features, Recipe
 from influence.loading import Loaded
 from influence.models import Denoiser
 from influence.progress import Message, Progress
 from influence.store import Store
 from influence.taking import decode, encoded, take_arrays
-
-LATE = 0.75
-"""The second point of `two-point`, as a part of the way from the base to the fine-tune."""
 
 
 @dataclass(frozen=True)
@@ -39,94 +36,18 @@ class Queries:
     """Under the base, on the same draws; `None` if the base is not known."""
     bits: Float64[np.ndarray, "queries parts"] | None = None
     """What the fine-tune gained, in bits per dimension of the evidence bound; `None` if the base is not known."""
-    phi_beside: Float32[np.ndarray, "queries k"] | None = None
-    """Features under a second model, if they were wanted: the base, or one on the way from it."""
-    phi_beside_batch: Float32[np.ndarray, "queries batches k"] | None = None
+    beside: Mapping[str, tuple[Float32[np.ndarray, "queries k"], Float32[np.ndarray, "queries batches k"]]] = field(
+        default_factory=dict
+    )
+    """Features under models on the way of the fine-tune, and those of batches of draws, by family."""
 
     def with_beside(self, beside: str | None) -> "Queries":
         """Features as methods read them: the mean with those under the `base`, or those of `late` behind the end's."""
         if beside is None:
             return self
-        assert self.phi_beside is not None and self.phi_beside_batch is not None
-        pairs = (self.phi, self.phi_beside), (self.phi_batch, self.phi_beside_batch)
+        pairs = zip((self.phi, self.phi_batch), self.beside[beside], strict=True)
         phi, batch = ((a + b) / 2 if beside == "base" else np.concatenate([a, b], axis=-1) for a, b in pairs)
-        return replace(self, phi=phi, phi_batch=batch, phi_beside=None, phi_beside_batch=None)
-
-
-def load_base(
-    made: Store,
-    base: str | os.PathLike[str] | None,
-    device: str,
-    *,
-    model: str | os.PathLike[str] | None = None,
-    lora: str | os.PathLike[str] | None = None,
-) -> Denoiser | None:
-    """The model before the fine-tune, `None` if nothing says which it is.
-
-    That of a LoRA is the same network with an adapter that does nothing (lora_B = 0), so that it has gradients of the
-    same parameters.
-
-    Args:
-        made: The store of the fine-tuned model.
-        base: Where its base is; by default as the store says.
-        device: Where to put it.
-        model: Where the model that a LoRA was put on is now, if it was moved.
-        lora: Where the LoRA is now.
-
-    Raises:
-        ModelError: It is not there, or cannot be loaded.
-        OptionError: It is another than at build, or predicts something else than the fine-tuned model.
-    """
-    source = made.source
-    path = source.get("base") if base is None else str(Path(base).absolute())
-    options = {"parameters": source["parameters"], "resolution": source["resolution"], "device": device}
-    if source["lora"] is not None:
-        found = models.load_denoiser(
-            Path(source["model"] if path is None else path) if model is None else Path(model),
-            lora=Path(source["lora"] if lora is None else lora), **options,
-        )  # fmt: skip
-        models.silence_lora(found)
-    elif path is not None:
-        found = models.load_denoiser(Path(path), **options)
-    else:
-        return None
-    known = made.spec.model if source["lora"] is not None else source.get("base_model")
-    if known is not None and found.identity["model"] != known:
-        raise OptionError(f"the base at {path or source['model']} is not the one that the store was built with")
-    here = (found.identity["schedule"], found.schedule.prediction, tuple(found.sample_shape), found.conditional)
-    spec = made.spec
-    there = (spec.schedule, spec.prediction, tuple(spec.sample_shape), spec.conditional)
-    for name, a, b in zip(("schedule", "prediction", "sample shape", "captions"), here, there, strict=True):
-        if a != b:
-            raise OptionError(
-                f"the base at {path} has another {name} ({a}) than the fine-tuned model ({b}); pass the pipeline that "
-                "the fine-tune started from"
-            )
-    return found
-
-
-def under_base(made: Store, loaded: Loaded, before: Denoiser | None) -> Loaded | None:
-    """The base with the recipe of the fine-tune's features; `None` if the store does not know which base it was.
-
-    A base whose parameters are others than the fine-tune's has no such features either.
-    """
-    known = made.source["lora"] is not None or made.source.get("base_model") is not None
-    if before is None or not known:
-        return None
-    shapes = [{name: p.shape for name, p in each.parameters.items()} for each in (before, loaded.denoiser)]
-    if shapes[0] != shapes[1]:
-        return None
-    return Loaded(before, loaded.spec, replace(loaded.recipe, parameters=before.parameters))
-
-
-def under_late(loaded: Loaded, start: Loaded) -> Loaded:
-    """The model at `LATE` of the way from the base to the fine-tune.
-
-    Raises:
-        ModelError: The two have other weights.
-    """
-    found = models.between(start.denoiser, loaded.denoiser, LATE)
-    return Loaded(found, loaded.spec, replace(loaded.recipe, parameters=found.parameters))
+        return replace(self, phi=phi, phi_batch=batch, beside={})
 
 
 def read_queries(
@@ -137,7 +58,7 @@ def read_queries(
     progress: Progress,
     message: Message,
     base: Denoiser | None = None,
-    beside: Loaded | None = None,
+    beside: Mapping[str, Loaded] | None = None,
 ) -> Queries:
     """Take the features of pictures, from draws of their own.
 
@@ -149,7 +70,7 @@ def read_queries(
         progress: Called as work gets done.
         message: Called with remarks on pictures.
         base: The model before the fine-tune.
-        beside: A second model to take features under.
+        beside: Models on the way of the fine-tune to take features under as well, by family.
 
     Raises:
         DatasetError: A picture cannot be read.
@@ -157,7 +78,8 @@ def read_queries(
     """
     channels, height, width = loaded.denoiser.image_size
     recipe = replace(loaded.recipe, role="query", output=family, curvature_rate=0.0)
-    ids, taken, losses, losses_base, bits, taken_beside = [], [], [], [], [], []
+    ids, taken, losses, losses_base, bits = [], [], [], [], []
+    taken_beside: dict[str, list[Features]] = {family: [] for family in beside or {}}
     of_base = None if base is None else replace(recipe, parameters=base.parameters)
     for done, (path, prompt) in enumerate(zip(paths, prompts, strict=True)):
         progress("queries", done, len(paths))
@@ -180,9 +102,9 @@ def read_queries(
             losses_base.append(features.by_batch(start))
             unit = diffusion.bits(recipe.schedule, torch.from_numpy(t)).numpy()
             bits.append(features.by_batch(unit * (start.astype(np.float64) - after)))
-        if beside is not None:
-            of_beside = replace(recipe, parameters=beside.denoiser.parameters)
-            taken_beside.append(take_arrays(beside.denoiser, of_beside, ids[-1:], [pixels], [prompt]))
+        for family, of in (beside or {}).items():
+            of_beside = replace(recipe, parameters=of.denoiser.parameters)
+            taken_beside[family].append(take_arrays(of.denoiser, of_beside, ids[-1:], [pixels], [prompt]))
     progress("queries", len(paths), len(paths))
     return Queries(
         paths=[str(path) for path in paths],
@@ -193,8 +115,10 @@ def read_queries(
         loss=np.stack(losses),
         loss_base=np.stack(losses_base) if base is not None else None,
         bits=np.stack(bits) if base is not None else None,
-        phi_beside=np.concatenate([found.phi for found in taken_beside]) if taken_beside else None,
-        phi_beside_batch=np.concatenate([found.phi_batch for found in taken_beside]) if taken_beside else None,
+        beside={
+            family: (np.concatenate([part.phi for part in parts]), np.concatenate([part.phi_batch for part in parts]))
+            for family, parts in taken_beside.items()
+        },
     )
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from influence import store as stores
 from influence.building import run_shards
 from influence.errors import StoreError
-from influence.loading import DEFAULT_BATCH, BuildOptions, Loaded, load_for
+from influence.loading import DEFAULT_BATCH, Loaded, load_for
 from influence.pipeline import read
 from influence.progress import Message, Progress, silent
-from influence.queries import load_base, under_base, under_late
 from influence.shards import FAMILIES
 from influence.store import Store
 from influence.verification import Problem, drop, verify
+from influence.waypoints import load_base, waypoint
 
 
 def repair(
@@ -83,7 +83,7 @@ def repair(
         for family in FAMILIES:
             numbers = {problem.shard for problem in damaged if problem.family == family and problem.shard is not None}
             if numbers:
-                of = _model_of(made, family, loaded, options, model, lora)
+                of = _model_of(made, family, loaded, model, lora)
                 todo.append((made, family, numbers, of, options, data))
     drop(folder, problems)
     for made, family, numbers, loaded, options, data in todo:
@@ -95,17 +95,14 @@ def _model_of(
     made: Store,
     family: str,
     loaded: Loaded,
-    options: BuildOptions,
     model: str | os.PathLike[str] | None,
     lora: str | os.PathLike[str] | None,
 ) -> Loaded:
     """What a family's features were taken of: the fine-tuned model, its base, or a model between them."""
     if family not in ("base", "late"):
         return loaded
-    device = str(next(iter(loaded.denoiser.parameters.values())).device)
-    found = under_base(
-        made, loaded, load_base(made, None, device, model=model if options.lora is not None else None, lora=lora)
-    )
-    if found is None:
-        raise StoreError(f"the base of store {made.path.name} has other parameters than its fine-tune; nothing dropped")
-    return found if family == "base" else under_late(loaded, found)
+    moved = {"model": model if made.source["lora"] else None, "lora": lora}
+    before = load_base(made.source, made.spec, None, loaded.device, **moved)
+    if before is None:
+        raise StoreError(f"store {made.path.name} does not say where its model was before the fine-tune")
+    return waypoint(family, loaded, before)

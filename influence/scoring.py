@@ -85,7 +85,9 @@ def precondition(
     return v
 
 
-Block = tuple[Sequence[str], Float32[np.ndarray, "_ _"]]
+Rows = Float32[np.ndarray, "_ _"]
+Block = tuple[Sequence[str], Rows | tuple[Rows, ...]]
+"""Item ids and their features, which may stand in several arrays side by side."""
 
 _ROWS = 1024  # in one product: the rows that are read and the scores that are written stay in the cache
 
@@ -100,13 +102,17 @@ def scores(
     """
     columns = np.ascontiguousarray(v.float().numpy().T)
     for ids, phi in blocks:
-        tau = np.empty((len(phi), len(v)), np.float32)
-        norm = np.empty(len(phi))
-        for start in range(0, len(phi), _ROWS):
+        first, *more = parts = phi if isinstance(phi, tuple) else (phi,)
+        sides = np.split(columns, np.cumsum([part.shape[1] for part in parts])[:-1])
+        tau = np.empty((len(ids), len(v)), np.float32)
+        norm = np.empty(len(ids))
+        for start in range(0, len(ids), _ROWS):
             rows = slice(start, start + _ROWS)
-            np.matmul(phi[rows], columns, out=tau[rows])
+            np.matmul(first[rows], sides[0], out=tau[rows])
+            for part, side in zip(more, sides[1:], strict=True):
+                tau[rows] += part[rows] @ side
             if method.cosine:
-                norm[rows] = np.linalg.norm(phi[rows], axis=1)
+                norm[rows] = np.linalg.norm(first[rows], axis=1)
         if method.cosine:
             if not (norm > 0).all():
                 zero = ids[int(np.argmin(norm))]

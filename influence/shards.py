@@ -18,7 +18,13 @@ from influence import commit
 from influence.commit import ADVICE, Committed
 from influence.errors import StoreError
 
-FAMILIES = ("loss", "square", "base", "late")
+FAMILIES = {
+    "loss": "of the loss",
+    "square": "of another output",
+    "base": "under the model before the fine-tune",
+    "late": "at ¾ of the way of the fine-tune",
+}
+"""Which gradients a store may hold."""
 
 Layout = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 """Shape and type of each dataset."""

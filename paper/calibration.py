@@ -27,7 +27,7 @@ import torch
 from scipy import stats
 
 import influence
-from influence import attribution, keys, loading, metrics, pipeline, significance, taking, typefaces
+from influence import attribution, derived, keys, metrics, pipeline, scoring, significance, taking, typefaces, waypoints
 from influence.evaluation import kept_shapley
 from influence.queries import read_queries
 from influence.scored import Scored
@@ -174,23 +174,26 @@ def permuted(scored: Scored, chosen: np.ndarray, adjusted: pd.DataFrame) -> floa
 
 def coverage(made: influence.Store, asked: pd.DataFrame, scored: Scored, count: int, images: int) -> tuple[float, int]:
     """How often 95 % intervals of scores hold the value from 20 times as many draws, of both pictures."""
-    loaded = scored.loaded
+    loaded, name = scored.loaded, scored.table.attrs["method"]
+    method = influence.METHODS[name]
+    assert method.beside in (None, "late")
+    before = waypoints.load_base(made.source, made.spec, None, "cpu")
+    points = [loaded] if method.beside is None else [loaded, waypoints.waypoint("late", loaded, before)]
     picked = asked.iloc[np.linspace(0, len(asked) - 1, count).round().astype(int)]
-    prompts = picked["caption"].tolist()
-    more = replace(loaded.recipe, num_draws=MORE * DRAWS)
-    exact = read_queries(
-        loading.Loaded(loaded.denoiser, loaded.spec, more), "loss", picked["path"].tolist(), prompts,
-        lambda *_: None, say,
-    )  # fmt: skip
+    paths, prompts = picked["path"].tolist(), picked["caption"].tolist()
     data = pipeline.read(made.source["dataset"], loaded.denoiser, None, lambda *_: None, lambda *_: None)
     items = sorted({item.item_id: item for item in data.items}.values(), key=lambda item: item.item_id)
     items = [items[i] for i in np.linspace(0, len(items) - 1, images).round().astype(int)]
-    train = replace(loaded.recipe, role="train", num_draws=MORE * made.build["draws"], curvature_rate=0.0)
-    phi = np.concatenate([taking.take(loaded.denoiser, train, [item]).phi for item in items])
-    method = influence.METHODS["gauss-newton"]
-    factored = attribution.solver(made, method, None)
-    num_train = float(len(made.items))
-    v = attribution.scoring.precondition(method, torch.from_numpy(exact.phi), factored, num_train).numpy()
+    exact, phi = [], []
+    for point in points:
+        more = replace(point, recipe=replace(point.recipe, num_draws=MORE * DRAWS))
+        exact.append(read_queries(more, "loss", paths, prompts, lambda *_: None, say).phi)
+        train = replace(point.recipe, role="train", num_draws=MORE * made.build["draws"], curvature_rate=0.0)
+        phi.append(np.concatenate([taking.take(point.denoiser, train, [item]).phi for item in items]))
+    factored = derived.solver(made, method, None)
+    scale = derived.late_scale(made, method, None, factored)
+    asked_exactly, phi = torch.from_numpy(np.concatenate(exact, 1)), np.concatenate(phi, 1)
+    v = scoring.precondition(method, asked_exactly, factored, float(len(made.items)), scale).numpy()
     values = pd.DataFrame(v @ phi.astype(float).T, index=picked["path"], columns=[item.item_id for item in items])
     table = scored.table[scored.table["query"].isin(picked["path"]) & scored.table["item_id"].isin(values.columns)]
     true = np.array([values.loc[row.query, row.item_id] for row in table.itertuples()])
@@ -256,7 +259,7 @@ def main() -> None:
     asked = queries(name, work)
     prompts = asked["caption"].fillna("").tolist() if made.spec.conditional else None
     scored = attribution.score(
-        asked["path"].tolist(), made, k=None, method="gauss-newton", damping=None, draws=DRAWS, prompt=prompts,
+        asked["path"].tolist(), made, k=None, method=None, damping=None, draws=DRAWS, prompt=prompts,
         intervals=True, model=None, lora=None, base=None, engine="auto", batch_size=64, memory=None, device="cpu",
         progress=lambda *_: None, message=say,
     )  # fmt: skip

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
+from influence_cli.main import cli
 from oracles import gradients_by_loop
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -36,12 +38,17 @@ def build(world, store, *, model="ddpm", **options):
     return influence.build(world / "data", model=world / model, store=store, **defaults | options)
 
 
-def command(*parts, check=True):
-    run = subprocess.run(
-        [str(Path(sys.executable).parent / "influence"), *map(str, parts)], capture_output=True, text=True, check=False
-    )
-    assert not check or run.returncode == 0, run.stderr
+def command(*parts):
+    """The installed command, in a process of its own."""
+    program = Path(sys.executable).parent / "influence"
+    run = subprocess.run([str(program), *map(str, parts)], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
     return run
+
+
+def invoked(*parts):
+    """The same in this process, which spares the imports."""
+    return CliRunner().invoke(cli, [str(part) for part in parts])
 
 
 def rows_of(store):
@@ -97,15 +104,16 @@ def test_a_lora_from_the_command_line_gives_the_dot_products_of_plain_autograd_w
 ):
     query = world / "data" / "003.png"
     lora = world / "lora" / "pytorch_lora_weights.safetensors"
-    command(
+    run = command if engine == "hooks" else invoked
+    run(
         "build", world / "data", "--model", world / "sd", "--lora", lora, "--store", tmp_path / "s",
         "--projection", "identity", "--draws", DRAWS, "--engine", engine,
     )  # fmt: skip
-    run = command(
+    answered = run(
         "attribute", query, "--store", tmp_path / "s", "-k", "all", "--method", "grad-dot", "--draws", 6,
         "--prompt", "something else", "--json", "--engine", engine,
     )  # fmt: skip
-    (answer,) = json.loads(run.stdout)
+    (answer,) = json.loads(answered.stdout)
     assert answer["query"] == str(query)
     found = {a["file_name"]: a["score"] for a in answer["attributions"]}
     denoiser = models.load_denoiser(world / "sd", lora=lora)
@@ -134,9 +142,10 @@ def test_a_lora_from_the_command_line_gives_the_dot_products_of_plain_autograd_w
     ids=str,
 )
 def test_batches_engines_and_workers_change_no_feature(world, built, tmp_path, options):
-    build(world, tmp_path / "s", **options)
+    base = world / "base" if "workers" in options else None
+    build(world, tmp_path / "s", base=base, **options)
     same(built, tmp_path / "s")
-    if "workers" in options:
+    if base is not None:
         bytes_of = {p.name: p.read_bytes() for p in (tmp_path / "s" / "shards").iterdir()}
         assert bytes_of == {p.name: p.read_bytes() for p in (built / "shards").iterdir()}
 
@@ -231,7 +240,7 @@ def test_a_picture_that_cannot_be_used_is_named_and_the_others_are_untouched(wor
     Image.new("I;16", (16, 16)).save(tmp_path / "data" / "deep.png")
     with (tmp_path / "data" / "metadata.csv").open("a") as file:
         file.write("bad.png,x,c\ndeep.png,x,c\n")
-    run = command(
+    run = invoked(
         "build", tmp_path / "data", "--model", world / "ddpm", "--store", tmp_path / "s", "--dim", 256, "--draws", DRAWS
     )
     assert "refused bad.png" in run.stderr and "refused deep.png" in run.stderr
@@ -239,11 +248,12 @@ def test_a_picture_that_cannot_be_used_is_named_and_the_others_are_untouched(wor
     same(built, tmp_path / "s")
 
 
-def refused(run, *words):
-    assert run.returncode == 1
-    assert len(run.stderr.strip().splitlines()) == 1, run.stderr
+def refused(run, *words, last=False):
+    assert run.exit_code == 1
+    lines = run.stderr.strip().splitlines()
+    assert last or len(lines) == 1, run.stderr
     for word in words:
-        assert word in run.stderr, run.stderr
+        assert word in lines[-1], run.stderr
 
 
 def test_another_model_seed_dimension_or_lora_is_refused_in_one_line_with_both_values(world, built, tmp_path):
@@ -255,33 +265,27 @@ def test_another_model_seed_dimension_or_lora_is_refused_in_one_line_with_both_v
     query = world / "data" / "000.png"
     wanted = influence.open_store(built).spec
     touched = models.load_denoiser(tmp_path / "touched").identity["model"]
-    run = command("attribute", query, "--store", built, "--model", tmp_path / "touched", check=False)
+    run = invoked("attribute", query, "--store", built, "--model", tmp_path / "touched")
     refused(run, wanted.model[:12], touched[:12])
 
     def again(*more, model=world / "ddpm"):
-        return command(
-            "build", world / "data", "--model", model, "--store", built, "--draws", DRAWS, *more, check=False
-        )
+        return invoked("build", world / "data", "--model", model, "--store", built, "--draws", DRAWS, *more)
 
-    def last(run):
-        run.stderr = run.stderr.strip().splitlines()[-1]
-        return run
-
-    refused(last(again("--dim", 256, model=tmp_path / "touched")), wanted.model[:12], touched[:12])
-    refused(last(again("--dim", 256, "--seed", 7)), "seed is 7", "has 0")
-    refused(last(again("--dim", 128)), "dim is 128", "has 256")
-    refused(last(again("--dim", 256, "--draws", 8)), "draws is 8", f"has {DRAWS}")
+    refused(again("--dim", 256, model=tmp_path / "touched"), wanted.model[:12], touched[:12], last=True)
+    refused(again("--dim", 256, "--seed", 7), "seed is 7", "has 0", last=True)
+    refused(again("--dim", 128), "dim is 128", "has 256", last=True)
+    refused(again("--dim", 256, "--draws", 8), "draws is 8", f"has {DRAWS}", last=True)
 
     store = tmp_path / "lora.store"
     build(world, store, model="sd", lora=world / "lora")
     other = tiny_lora(world / "sd", tmp_path / "other", seed=5)
-    run = command("attribute", query, "--store", store, "--prompt", "", "--lora", other, check=False)
+    run = invoked("attribute", query, "--store", store, "--prompt", "", "--lora", other)
     refused(run, influence.open_store(store).spec.lora[:12], "lora is")
-    refused(command("attribute", query, "--store", store, check=False), "reads captions", "--prompt")
-    refused(command("attribute", query, "--store", built, "--prompt", "x", check=False), "leave out --prompt")
+    refused(invoked("attribute", query, "--store", store), "reads captions", "--prompt")
+    refused(invoked("attribute", query, "--store", built, "--prompt", "x"), "leave out --prompt")
 
 
 def test_a_truncated_picture_is_refused_as_a_query(world, built, tmp_path):
     data = (world / "data" / "000.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
-    refused(command("attribute", tmp_path / "cut.png", "--store", built, check=False), "cut.png")
+    refused(invoked("attribute", tmp_path / "cut.png", "--store", built), "cut.png")

@@ -10,7 +10,7 @@ from scipy import sparse
 from tiny_models import pictures, tiny_ddpm, tiny_lora, tiny_stable_diffusion
 
 import influence
-from influence import features, models
+from influence import features, models, waypoints
 from influence.errors import OptionError
 from influence.scored import Creators
 from influence.wholeway import whole_way
@@ -67,14 +67,14 @@ def test_two_points_add_scores_of_equal_size(world):
     loaded, _ = influence.loading.load_for(
         made, model=None, lora=None, draws=DRAWS, engine="auto", batch_size=64, device="cpu", message=print
     )
-    base = influence.queries.load_base(made, None, "cpu")
-    between = influence.queries.under_late(loaded, influence.queries.under_base(made, loaded, base))
+    base = waypoints.load_base(made.source, made.spec, None, "cpu")
+    between = waypoints.waypoint("late", loaded, base)
     for name, p in between.denoiser.parameters.items():
         torch.testing.assert_close(p, 0.25 * base.parameters[name] + 0.75 * loaded.denoiser.parameters[name])
-    asked = influence.queries.read_queries(loaded, "loss", [picture], [None], silent, silent, None, between)
+    asked = influence.queries.read_queries(loaded, "loss", [picture], [None], silent, silent, None, {"late": between})
     inverse = np.linalg.inv(psi.T @ psi / len(psi) + 0.3 * (psi**2).sum() / len(psi) / 64 * np.eye(64))
     c = np.linalg.norm(end @ inverse @ end.T) / np.linalg.norm(late @ inverse @ late.T)
-    q, q_late = (part[0].astype(float) for part in (asked.phi, asked.phi_beside))
+    q, q_late = (part[0].astype(float) for part in (asked.phi, asked.beside["late"][0]))
     expected = (end @ inverse @ q + c * late @ inverse @ q_late) / (2 * len(ids))
     by_item = table.set_index("item_id")["score"]
     np.testing.assert_allclose([by_item[i] for i in ids], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
@@ -102,13 +102,14 @@ def test_scores_are_those_of_the_mean_of_the_features(world):
     loaded, _ = influence.loading.load_for(
         store, model=None, lora=None, draws=DRAWS, engine="auto", batch_size=64, device="cpu", message=print
     )
-    base = influence.queries.load_base(store, None, "cpu")
-    start, silent = influence.queries.under_base(store, loaded, base), influence.progress.silent
-    asked = influence.queries.read_queries(loaded, "loss", [picture], [None], silent, silent, base, start)
-    for found, q, rows in zip(dots, (asked.phi, asked.phi_beside), (phi, phi0), strict=True):
+    base = waypoints.load_base(store.source, store.spec, None, "cpu")
+    start, silent = waypoints.waypoint("base", loaded, base), influence.progress.silent
+    asked = influence.queries.read_queries(loaded, "loss", [picture], [None], silent, silent, base, {"base": start})
+    under_base = asked.beside["base"][0]
+    for found, q, rows in zip(dots, (asked.phi, under_base), (phi, phi0), strict=True):
         by_item = found.set_index("item_id")["score"]
         np.testing.assert_allclose([by_item[i] for i in ids], rows @ q[0].astype(float), rtol=1e-4)
-    q = (asked.phi[0] + asked.phi_beside[0]).astype(float) / 2
+    q = (asked.phi[0] + under_base[0]).astype(float) / 2
     expected = mean @ np.linalg.solve(h, q) / 7
     by_item = table.set_index("item_id")["score"]
     np.testing.assert_allclose([by_item[i] for i in ids], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
@@ -122,7 +123,7 @@ def test_shares_are_of_the_whole_way_where_the_base_is_known(world):
     assert made.facts["totals"] == "whole way"
     end, path = (
         influence.attribute(picture, world / "s", method=method, k=None, draws=DRAWS)
-        for method in ("gauss-newton", "path")
+        for method in ("two-point", "path")
     )
     e, p = end.groupby("creator")["score_adj"].sum(), path.groupby("creator")["score"].sum()
     names = made.contributors.set_index("contributor_id")["name"]
@@ -208,7 +209,7 @@ def test_the_base_of_a_lora_is_its_network_with_an_adapter_that_does_nothing(tmp
     pictures(tmp_path / "data", count=3)
     influence.build(tmp_path / "data", model=sd, lora=tmp_path / "lora", store=tmp_path / "s", dim=64, draws=DRAWS)
     store = influence.open_store(tmp_path / "s")
-    silent = influence.queries.load_base(store, None, "cpu")
+    silent = waypoints.load_base(store.source, store.spec, None, "cpu")
     plain = models.load_denoiser(sd)
     x = torch.randn(2, *plain.sample_shape, generator=torch.Generator().manual_seed(0))
     t, c = torch.tensor([5, 700]), plain.encode_captions(["a", "b"])

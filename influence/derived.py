@@ -1,0 +1,133 @@
+"""What is derived of a store once and kept beside it: factors of H + λI, leverages, the sizes of two points' scores."""
+
+import hashlib
+import weakref
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float64
+
+from influence import curvature as curvatures
+from influence.curvature import Curvature
+from influence.scanning import blocks
+from influence.scoring import Groups, Method
+from influence.store import Store
+
+DAMPING = 0.1
+"""λ in units of tr(H)/k, where nothing is known of the fine-tune's steps."""
+_LAST: weakref.WeakKeyDictionary[Store, tuple[str, Curvature]] = weakref.WeakKeyDictionary()
+"""The name and the factor that an open store used last."""
+_SAMPLE = 256  # images, about, whose scores on each other give the usual size of scores
+
+
+def _weights(made: Store) -> pd.Series:
+    """Files of each image."""
+    return made.items["item_id"].value_counts().astype(float)
+
+
+def _damping(made: Store, method: Method, damping: float | None) -> tuple[float, bool]:
+    """The damping to use, and whether it is λ itself."""
+    if damping is None and method.curvature == "psi" and made.source.get("damping") is not None:
+        return float(made.source["damping"]), True
+    return (DAMPING if damping is None else float(damping)), False
+
+
+def _name(made: Store, what: str, method: Method, damping: float | None, *more: str) -> str:
+    """Named by all that it depends on."""
+    weights = _weights(made)
+    several = sorted(weights[weights > 1].items())  # the others weigh 1 each
+    key = (
+        made.family_hash(method.family),
+        *more,
+        method.curvature,
+        repr(_damping(made, method, damping)),
+        repr(several),
+    )
+    return f"{what}-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.safetensors"
+
+
+def solver(made: Store, method: Method, damping: float | None) -> Curvature:
+    """Factor H + λI, or read it back if it was factored before; `damping` as for `attribute`.
+
+    A store that stays open keeps the last one in memory: the file of k = 8192 has half a gigabyte.
+    """
+    value, absolute = _damping(made, method, damping)
+    weights = _weights(made)
+    name = _name(made, "curvature", method, damping)
+    last, found = _LAST.get(made, ("", None))
+    if found is not None and last == name:
+        return found
+    num_rows = made.num_rows(method.family)[method.curvature == "psi"]
+
+    def rows() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for content in made.blocks(method.family):
+            w = weights[content.item_ids].to_numpy()
+            if method.curvature == "psi":
+                yield content.psi, w[content.psi_item]
+            else:
+                yield content.phi, w
+
+    kept = made.read_derived(name)
+    if kept is not None:
+        factor, facts = torch.from_numpy(kept["factor"]), kept["facts"]
+        psi = None
+        if len(factor) != made.spec.dim or num_rows < made.spec.dim:
+            psi = curvatures.stack(rows())
+        found = Curvature(factor, *(float(fact) for fact in facts), psi)
+        _LAST[made] = name, found
+        return found
+    made_now = curvatures.curvature(rows(), dim=made.spec.dim, damping=value, num_rows=num_rows, absolute=absolute)
+    facts = np.array([made_now.damping, made_now.rows, made_now.unit])
+    made.write_derived(name, {"factor": made_now.factor.numpy(), "facts": facts})
+    _LAST[made] = name, made_now
+    return made_now
+
+
+def leverages(
+    made: Store, method: Method, damping: float | None, factored: Curvature | None, groups: Groups
+) -> Float64[np.ndarray, " images"]:
+    """H of every image, in the order of `groups.ids`; 0 for methods without curvature, which say nothing of it."""
+    if factored is None or method.beside == "base":
+        return np.zeros(len(groups.ids))
+    name = _name(made, "leverage", method, damping)
+    kept = made.read_derived(name)
+    if kept is not None:
+        return kept["h"]
+    h = np.full(len(groups.ids), np.nan)
+    for content in made.blocks(method.family):
+        phi = torch.tensor(content.phi)
+        if method.curvature == "phi":
+            found = curvatures.feature_leverage(factored, phi)
+        else:
+            psi, item = torch.tensor(content.psi), torch.tensor(content.psi_item).long()
+            found = curvatures.leverage(factored, phi, psi, item, float(groups.files.sum()))
+        h[groups.places(content.item_ids)] = found.numpy()
+    h = np.where(np.isnan(h), np.nanmean(h), h)  # images without curvature rows
+    weights = np.asarray(groups.files.sum(1)).ravel()
+    h = np.minimum(h * weights, curvatures.MAX_LEVERAGE)
+    made.write_derived(name, {"h": h})
+    return h
+
+
+def late_scale(made: Store, method: Method, damping: float | None, factored: Curvature | None) -> float:
+    """The c of `two-point`, by which scores of training images on each other have the same root mean square."""
+    if method.beside != "late" or factored is None:
+        return 1.0
+    name = _name(made, "late-scale", method, damping, made.family_hash(method.beside))
+    kept = made.read_derived(name)
+    if kept is not None:
+        return float(kept["scale"][0])
+    every, seen = max(1, made.num_rows(method.family)[0] // _SAMPLE), 0
+    sample: list[tuple[np.ndarray, ...]] = []
+    for content in blocks(made, method):
+        sample.append(tuple(part[-seen % every :: every] for part in content.phi))
+        seen += len(content.item_ids)
+    sizes = []
+    for point in zip(*sample, strict=True):
+        phi = torch.from_numpy(np.concatenate(point)).double()
+        sizes.append(float((curvatures.solve(factored, phi) @ phi.T).norm()))
+    scale = sizes[0] / sizes[1]
+    made.write_derived(name, {"scale": np.array([scale])})
+    return scale

@@ -1,0 +1,192 @@
+"""Scans of a store: every block of features is read once, for all queries together."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float64
+
+from influence import scoring, significance
+from influence.curvature import Curvature
+from influence.errors import StoreError
+from influence.queries import Queries
+from influence.scored import Controls, Creators
+from influence.scoring import Groups, Method
+from influence.shards import FAMILIES, ShardContent
+from influence.store import Store
+
+
+def groups_of(made: Store, family: str) -> Groups:
+    """For each image that has features, how many files of each creator it is."""
+    items = made.items[~made.items["item_id"].isin(list(made.refused(family)))]
+    return scoring.groups(items["item_id"], items["creator"])
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of some images, as a method reads them: in one array, or in two side by side."""
+
+    item_ids: list[str]
+    phi: tuple[np.ndarray, ...]
+    batches: list[tuple[np.ndarray, ...]]
+    """φ of each batch of draws."""
+
+
+def blocks(made: Store, method: Method, batches: bool = False) -> Iterator[Features]:
+    """Features that a method reads, shard by shard; batches of draws if they are wanted.
+
+    Raises:
+        StoreError: Images were refused under one model and not under the other.
+    """
+
+    def drawn(content: ShardContent) -> list[np.ndarray]:
+        scaled = zip(content.phi_batch.transpose(1, 0, 2), content.phi_scale.T, strict=True) if batches else ()
+        return [rows.astype(np.float32) * scale[:, None] for rows, scale in scaled]
+
+    if method.beside is None:
+        for content in made.blocks(method.family):
+            yield Features(content.item_ids, (content.phi,), [(rows,) for rows in drawn(content)])
+        return
+    for end, other in zip(made.blocks("loss"), made.blocks(method.beside), strict=True):
+        if end.item_ids != other.item_ids:
+            raise StoreError(
+                f"store {made.path.name} has gradients under the fine-tune and {FAMILIES[method.beside]} of different "
+                "images; leave out those that were refused, with influence exclude"
+            )
+        both = [(end.phi, other.phi), *zip(drawn(end), drawn(other), strict=True)]
+        if method.beside == "base":
+            both = [((a + b) / 2,) for a, b in both]
+        yield Features(end.item_ids, both[0], both[1:])
+
+
+def control_scores(controls: Store, method: Method, v: torch.Tensor, asked: Queries) -> Controls:
+    """Score the controls as if they were training images; the query itself is none of its own controls."""
+    ids: list[str] = []
+    parts = []
+    for names, tau in scoring.scores(method, v, ((c.item_ids, c.phi) for c in blocks(controls, method))):
+        ids += names
+        parts.append(tau)
+    tau = np.concatenate(parts, axis=1) if parts else np.empty((len(v), 0))
+    tau[np.asarray(asked.item_ids)[:, None] == np.asarray(ids, dtype=object)[None]] = np.nan
+    creators = controls.items.drop_duplicates("item_id").set_index("item_id")["creator"]
+    return Controls(ids, [str(creators[item_id]) for item_id in ids], tau)
+
+
+def rank(
+    made: Store,
+    method: Method,
+    v: torch.Tensor,
+    asked: Queries,
+    k: int | None,
+    groups: Groups,
+    h: np.ndarray,
+    controls: Controls | None,
+) -> tuple[pd.DataFrame, Creators]:
+    """Scan the store once for all queries: the best k of each, creators' totals, and counts for q-values."""
+    count = len(asked.paths)
+    limit = len(groups.ids) if k is None else k
+    best: list[scoring.Ranked] = [[] for _ in range(count)]
+    totals, squares = np.zeros((2, count, len(groups.names)))
+    strangers = [np.sort(controls.of(q)) if controls is not None else np.empty(0) for q in range(count)]
+    exceeded = [np.zeros(len(row) + 1, np.int64) for row in strangers]
+    works = None if controls is None else np.zeros((count, groups.parts.shape[0]))
+    images = np.bincount(groups.work)
+    features = ((content.item_ids, content.phi) for content in blocks(made, method))
+    for ids, tau in scoring.scores(method, v, features):
+        here = groups.places(ids)
+        adjusted = tau / (1 - h[here])
+        if works is not None:
+            np.add.at(works.T, groups.work[here], (adjusted / images[groups.work[here]]).T)
+        best = [scoring.top(so_far, ids, row, limit) for so_far, row in zip(best, tau, strict=True)]
+        totals += scoring.group_totals(groups, here, adjusted)
+        squares += scoring.group_totals(groups, here, adjusted**2)
+        for q, row in enumerate(strangers):
+            above = significance.exceedances(adjusted[q], row)
+            exceeded[q] += np.bincount(above, minlength=len(row) + 1)
+    ranked = [(q, query, item_id, tau) for q, query in enumerate(asked.paths) for tau, item_id in best[q]]
+    table = pd.DataFrame(ranked, columns=["number", "query", "item_id", "score"])
+    table["leverage"] = h[groups.places(table["item_id"].tolist())]
+    table["score_adj"] = table["score"] / (1 - table["leverage"])
+    table[["score_se", "score_low", "score_high", "p_value", "q_value"]] = np.nan
+    for q, row in enumerate(strangers):
+        if len(row):
+            here = table["number"] == q
+            above = significance.exceedances(table.loc[here, "score_adj"].to_numpy(), row)
+            table.loc[here, "p_value"] = significance.p_values(above, len(row))
+            table.loc[here, "q_value"] = significance.q_values(exceeded[q])[above]
+    files = made.items[made.items["item_id"].isin(table["item_id"])].sort_values("file_name")
+    table = table.merge(files, on="item_id")  # keeps the order of scores, and under it that of the files
+    table["rank"] = table.groupby("number").cumcount() + 1
+    table = table[table["rank"] <= (k or len(table))].reset_index(drop=True)
+    table["caption"] = table["caption"].astype(object).where(table["caption"].notna(), None)
+    sizes = np.asarray(groups.files.sum(0)).ravel()
+    none = np.empty((0, *totals.shape))
+    return table, Creators(
+        groups.names, sizes, totals, squares, none, np.full(totals.shape, np.nan), works, groups.parts
+    )
+
+
+def preconditioned(
+    method: Method,
+    asked: Queries,
+    factored: Curvature | None,
+    num_train: float,
+    late: float,
+    intervals: bool,
+) -> tuple[Float64[torch.Tensor, "query k"], Float64[torch.Tensor, "batches query k"]]:
+    """V, and V with one batch of the query's draws in place of all, by one solve; no batches without intervals."""
+    phi, batches = torch.from_numpy(asked.phi), torch.from_numpy(asked.phi_batch).transpose(0, 1)
+    rows = torch.cat([phi[None], batches if intervals else batches[:0]])
+    if method.cosine:
+        v = scoring.precondition(method, phi, factored, num_train)
+        return v, rows[1:].double() / phi.double().norm(dim=1)[:, None]
+    found = scoring.precondition(method, rows.flatten(0, 1), factored, num_train, late).unflatten(0, rows.shape[:2])
+    return found[0], found[1:]
+
+
+def with_errors(
+    made: Store,
+    method: Method,
+    v: torch.Tensor,
+    parts: Float64[torch.Tensor, "batches query k"],
+    groups: Groups,
+    h: np.ndarray,
+    table: pd.DataFrame,
+    creators: Creators,
+) -> tuple[pd.DataFrame, Creators]:
+    """Scan again, with batches of draws: standard errors of the listed scores, and what totals vary by."""
+    batches, count = parts.shape[:2]
+    by_batch = np.zeros((batches, *creators.totals.shape))
+    variance = np.zeros(creators.totals.shape) if made.build["batches"] else np.full(creators.totals.shape, np.nan)
+    listed = [set(table.loc[table["number"] == q, "item_id"]) for q in range(count)]
+    found: dict[tuple[int, str], tuple[float, float]] = {}
+    flat, columns = parts.flatten(0, 1), np.ascontiguousarray(v.float().numpy().T)
+    for content in blocks(made, method, batches=True):
+        ids, n = content.item_ids, len(content.item_ids)
+        here = groups.places(ids)
+        one_query = np.empty((batches * count, n))
+        if batches:
+            ((_, one_query),) = scoring.scores(method, flat, [(ids, content.phi)])
+        one_query = one_query.reshape(batches, count, n)
+        sides = np.split(columns, np.cumsum([part.shape[1] for part in content.phi])[:-1])
+        one_train = np.empty((len(content.batches), count, n))
+        for b, rows in enumerate(content.batches):
+            one_train[b] = sum(part @ side for part, side in zip(rows, sides, strict=True)).T
+        if method.cosine:
+            one_train /= np.linalg.norm(content.phi[0], axis=1)
+        for b in range(batches):
+            by_batch[b] += scoring.group_totals(groups, here, one_query[b] / (1 - h[here]))
+        if len(one_train):
+            spread = (one_train / (1 - h[here])).var(0, ddof=1) / len(one_train)
+            variance += (groups.files[here].power(2).T @ spread.T).T
+        errors = significance.errors(one_query, one_train)
+        for q in range(count):
+            for i in np.flatnonzero([item_id in listed[q] for item_id in ids]):
+                found[q, ids[i]] = float(errors.se[q, i]), float(errors.dof[q, i])
+    pairs = np.array([found[q, item_id] for q, item_id in zip(table["number"], table["item_id"], strict=True)])
+    errors = significance.Errors(*(pairs.reshape(-1, 2).T))
+    low, high = errors.interval(table["score"].to_numpy())
+    table = table.assign(score_se=errors.se, score_low=low, score_high=high)
+    return table, replace(creators, by_batch=by_batch, train_variance=variance)

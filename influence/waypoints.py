@@ -1,0 +1,103 @@
+"""Models on the way of a fine-tune: its base, its end, and the point between them that `two-point` asks as well."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from influence import models
+from influence.errors import OptionError
+from influence.loading import Loaded
+from influence.models import Denoiser
+from influence.spec import FeatureSpec
+
+LATE = 0.75
+"""The second point of `two-point`, as a part of the way from the base to the fine-tune."""
+
+
+def base_is_known(source: Mapping[str, Any]) -> bool:
+    """Whether a store knows which weights its fine-tune started from: those of a LoRA, or what build was told."""
+    return source["lora"] is not None or source.get("base_model") is not None
+
+
+def default_method(source: Mapping[str, Any]) -> str:
+    """The method that foretells retraining best of those that a store's source allows."""
+    return "two-point" if base_is_known(source) else "gauss-newton"
+
+
+def load_base(
+    source: Mapping[str, Any],
+    spec: FeatureSpec,
+    base: str | os.PathLike[str] | None,
+    device: str,
+    *,
+    model: str | os.PathLike[str] | None = None,
+    lora: str | os.PathLike[str] | None = None,
+) -> Denoiser | None:
+    """The model before the fine-tune, `None` if nothing says which it is.
+
+    That of a LoRA is the same network with an adapter that does nothing (lora_B = 0), so that it has gradients of the
+    same parameters.
+
+    Args:
+        source: Where the store's fine-tuned model came from.
+        spec: What identifies the store's features.
+        base: Where the base is; by default as the store says.
+        device: Where to put it.
+        model: Where the model that a LoRA was put on is now, if it was moved.
+        lora: Where the LoRA is now.
+
+    Raises:
+        ModelError: It is not there, or cannot be loaded.
+        OptionError: It is another than at build, or predicts something else than the fine-tuned model.
+    """
+    path = source.get("base") if base is None else str(Path(base).absolute())
+    options = {"parameters": source["parameters"], "resolution": source["resolution"], "device": device}
+    if source["lora"] is not None:
+        found = models.load_denoiser(
+            Path(source["model"] if path is None else path) if model is None else Path(model),
+            lora=Path(source["lora"] if lora is None else lora), **options,
+        )  # fmt: skip
+        models.silence_lora(found)
+    elif path is not None:
+        found = models.load_denoiser(Path(path), **options)
+    else:
+        return None
+    known = spec.model if source["lora"] is not None else source.get("base_model")
+    if known is not None and found.identity["model"] != known:
+        raise OptionError(f"the base at {path or source['model']} is not the one that the store was built with")
+    here = (found.identity["schedule"], found.schedule.prediction, tuple(found.sample_shape), found.conditional)
+    there = (spec.schedule, spec.prediction, tuple(spec.sample_shape), spec.conditional)
+    for name, a, b in zip(("schedule", "prediction", "sample shape", "captions"), here, there, strict=True):
+        if a != b:
+            raise OptionError(
+                f"the base at {path} has another {name} ({a}) than the fine-tuned model ({b}); pass the pipeline that "
+                "the fine-tune started from"
+            )
+    return found
+
+
+def require_same_parameters(base: Denoiser, finetuned: Denoiser) -> None:
+    """Refuse a base that no training makes into the fine-tuned model.
+
+    Raises:
+        OptionError: Their parameters differ in number or shape.
+    """
+    here, there = ({name: tuple(p.shape) for name, p in each.parameters.items()} for each in (base, finetuned))
+    differ = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+    if differ:
+        raise OptionError(
+            f"the base has other parameters than the fine-tuned model: {differ[0]} is {here.get(differ[0])} and "
+            f"{there.get(differ[0])} ({len(differ)} differ); pass the pipeline that the fine-tune started from"
+        )
+
+
+def waypoint(family: str, loaded: Loaded, base: Denoiser) -> Loaded:
+    """The model that a family of features is taken of: `base`, or `late` at `LATE` of the way to the fine-tune.
+
+    Raises:
+        ModelError: Base and fine-tune have other weights.
+    """
+    found = base if family == "base" else models.between(base, loaded.denoiser, LATE)
+    return Loaded(found, loaded.spec, replace(loaded.recipe, parameters=found.parameters))
