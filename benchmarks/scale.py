@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 
 import influence
-from influence import attribution, keys, scoring, store
+from influence import derived, keys, scanning, scoring, store
 from influence.shards import ShardContent
 from influence.spec import FeatureSpec
 
@@ -106,8 +106,8 @@ def measure(folder: Path, operation: str, clock: Callable[[], float]) -> dict[st
     v = torch.from_numpy(rows("queries", QUERIES)).double()
 
     def attribute() -> None:
-        groups = attribution._groups(made, "loss")
-        attribution._rank(made, method, v, asked, 10, groups, np.zeros(len(groups.ids)), None)
+        groups = scanning.groups_of(made, "loss")
+        scanning.rank(made, method, v, asked, 10, groups, np.zeros(len(groups.ids)), None)
 
     def read() -> None:
         buffer = np.empty((64, DIM), np.float32)
@@ -129,7 +129,7 @@ def measure(folder: Path, operation: str, clock: Callable[[], float]) -> dict[st
         "open": lambda: influence.open_store(folder),
         "verify": lambda: influence.verify(folder),
         "exclude": exclude,
-        "factor": lambda: attribution.solver(made, method, 0.1),
+        "factor": lambda: derived.solver(made, method, 0.1),
         "attribute": attribute,
         "scan": attribute,
         "read": read,

@@ -106,10 +106,16 @@ def solve(curvature: Curvature, v: Float[Tensor, "rows k"]) -> Float64[Tensor, "
     """
     v = v.double()
     if curvature.psi is None:
-        return torch.cholesky_solve(v.T, curvature.factor).T
+        return _substituted(curvature.factor, v.T).T
     psi = curvature.psi.double()
-    alpha = torch.cholesky_solve(psi @ v.T, curvature.factor)  # [R, rows]
+    alpha = _substituted(curvature.factor, psi @ v.T)  # [R, rows]
     return (v - alpha.T @ psi) / curvature.damping
+
+
+def _substituted(factor: Float64[Tensor, "n n"], columns: Float64[Tensor, "n m"]) -> Float64[Tensor, "n m"]:
+    """(L Lᵀ)⁻¹ of each column. Not torch.cholesky_solve, which copies L into another order: n = 8192 takes 0.5 s."""
+    half = torch.linalg.solve_triangular(factor, columns, upper=False)
+    return torch.linalg.solve_triangular(factor.T, half, upper=True)
 
 
 def quadratic(curvature: Curvature, rows: Float[Tensor, "rows k"]) -> Float64[Tensor, " rows"]:

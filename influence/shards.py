@@ -5,14 +5,16 @@ accepted: plain types, contiguous, inside the file, apart from each other, and n
 when it writes, so that a full disk is an ordinary error of an ordinary write and never HDF5's.
 """
 
+import contextlib
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import h5py
 import numpy as np
+from jaxtyping import Int32
 
 from influence import commit
 from influence.commit import ADVICE, Committed
@@ -129,8 +131,17 @@ def read_record(path: Path, store: Mapping[str, str]) -> Record:
     return record
 
 
-def read_content(folder: Path, record: Record, dim: int, batches: int, expected_ids: list[str] | None) -> ShardContent:
-    """Read a shard whose hash has been checked.
+@dataclass(frozen=True)
+class Inside:
+    """What is inside a shard's file, as it was found once."""
+
+    offsets: Mapping[str, int | None]
+    """Where the bytes of each dataset begin; `None` if it has none."""
+    item_ids: list[str]
+
+
+def examine(folder: Path, record: Record, dim: int, batches: int, expected_ids: list[str] | None) -> Inside:
+    """Look into a shard whose hash has been checked: its datasets, its images, and where curvature rows belong.
 
     Args:
         folder: Where its file is.
@@ -142,16 +153,31 @@ def read_content(folder: Path, record: Record, dim: int, batches: int, expected_
     Raises:
         StoreError: The file is not what its record says, or of other images.
     """
-    found = read(folder / record.file, layout(record.rows, record.psi_rows, dim, batches))
+    expected = layout(record.rows, record.psi_rows, dim, batches)
+    offsets = find(folder / record.file, expected)
+    found = mapped(folder / record.file, expected, offsets)
     try:
-        ids = found.pop("item_id").astype("U").tolist()
+        ids = found["item_id"].astype("U").tolist()
     except UnicodeDecodeError:
         raise StoreError(f"{record.file} has item ids that are not ASCII; {ADVICE}") from None
-    if expected_ids is not None and sorted([*ids, *record.refused]) != expected_ids:
-        raise StoreError(f"{record.file} holds other images than the store's table names for its shard; {ADVICE}")
-    content = ShardContent(record.family, record.shard, ids, **found, refused=record.refused)
-    check_rows(record.file, content)
-    return content
+    if expected_ids is not None:
+        if sorted([*ids, *record.refused]) != expected_ids:
+            raise StoreError(f"{record.file} holds other images than the store's table names for its shard; {ADVICE}")
+        if ids == sorted(ids):  # as every builder writes them: no second copy of the table's strings
+            ids = [item_id for item_id in expected_ids if item_id not in record.refused]
+    check_rows(record.file, len(ids), found["psi_item"], found["psi_draw"])
+    return Inside(offsets, ids)
+
+
+def content(folder: Path, record: Record, dim: int, batches: int, inside: Inside) -> ShardContent:
+    """Map a shard that was examined.
+
+    Raises:
+        StoreError: It cannot be mapped.
+    """
+    found = mapped(folder / record.file, layout(record.rows, record.psi_rows, dim, batches), inside.offsets)
+    del found["item_id"]
+    return ShardContent(record.family, record.shard, inside.item_ids, **found, refused=record.refused)
 
 
 def check_content(content: ShardContent, dim: int, batches: int, expected_ids: list[str]) -> None:
@@ -184,7 +210,7 @@ def check_content(content: ShardContent, dim: int, batches: int, expected_ids: l
         if array.shape != shape or array.dtype != dtype:
             raise StoreError(f"{key} of {name} is {array.dtype} {array.shape}; expected {dtype} {shape}")
     check_finite(name, content)
-    check_rows(name, content)
+    check_rows(name, len(content.item_ids), content.psi_item, content.psi_draw)
 
 
 def check_finite(name: str, content: ShardContent) -> None:
@@ -198,15 +224,17 @@ def check_finite(name: str, content: ShardContent) -> None:
             raise StoreError(f"{key} of {name} holds NaN or infinity; such images are refused by name")
 
 
-def check_rows(name: str, content: ShardContent) -> None:
+def check_rows(
+    name: str, images: int, psi_item: Int32[np.ndarray, " rows"], psi_draw: Int32[np.ndarray, " rows"]
+) -> None:
     """Refuse curvature rows that are not of images that are there, in order, one for each draw.
 
     Raises:
         StoreError: A row is out of place.
     """
-    item, draw = content.psi_item.astype(np.int64), content.psi_draw.astype(np.int64)
+    item, draw = psi_item.astype(np.int64), psi_draw.astype(np.int64)
     place = item * (1 << 32) + draw
-    inside = not len(item) or (item[0] >= 0 and item[-1] < len(content.item_ids) and draw.min() >= 0)
+    inside = not len(item) or (item[0] >= 0 and item[-1] < images and draw.min() >= 0)
     if not inside or (np.diff(place) <= 0).any():
         raise StoreError(f"curvature rows of {name} are not of its images, one for each draw, in order")
 
@@ -286,8 +314,8 @@ def encode(datasets: Mapping[str, np.ndarray]) -> bytes:
         return file.id.get_file_image()
 
 
-def read(path: Path, expected: Layout) -> dict[str, np.ndarray]:
-    """Map the datasets of a shard, read-only.
+def find(path: Path, expected: Layout) -> dict[str, int | None]:
+    """Where the bytes of each dataset of a shard begin, `None` if it has none.
 
     Args:
         path: The file; its hash has been checked.
@@ -297,28 +325,42 @@ def read(path: Path, expected: Layout) -> dict[str, np.ndarray]:
         StoreError: The file holds anything else than what is expected, or holds it in another way.
     """
     total = size(expected)
-    try:
+    with _reading(path):
         length = path.stat().st_size
         if not total <= length <= total + _OVERHEAD:
             raise StoreError(f"{path.name} is {length} bytes; its datasets are {total}")
         with h5py.File(path, "r", locking=False) as file:
-            offsets = _offsets(file, path.name, length, expected)
-        return {
-            name: _empty(shape, dtype)
-            if offsets[name] is None
-            else np.memmap(path, dtype=dtype, mode="r", offset=offsets[name], shape=shape)
-            for name, (shape, dtype) in expected.items()
-        }
+            return _offsets(file, path.name, length, expected)
+
+
+def mapped(path: Path, expected: Layout, offsets: Mapping[str, int | None]) -> dict[str, np.ndarray]:
+    """Map the datasets of a shard, read-only.
+
+    Raises:
+        StoreError: It cannot be mapped.
+    """
+    with _reading(path):
+        whole = np.memmap(path, mode="r")
+        return {name: _view(whole, offsets[name], *expected[name]) for name in expected}
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Name the file in errors of HDF5 and of the system."""
+    try:
+        yield
     except StoreError:
         raise
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path.name} is not a readable HDF5 file: {str(error).splitlines()[0]}") from None
 
 
-def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    found = np.empty(shape, dtype)
-    found.flags.writeable = False
-    return found
+def _view(whole: np.memmap, offset: int | None, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    if offset is None:
+        found = np.empty(shape, dtype)
+        found.flags.writeable = False
+        return found
+    return np.ndarray(shape, dtype, whole, offset)
 
 
 def _offsets(file: h5py.File, name: str, length: int, expected: Layout) -> dict[str, int | None]:

@@ -160,7 +160,8 @@ class Store:
         self._snapshot = snapshot
         self._table = table.to_pandas()
         self._members = tables.members(table)
-        self._trusted: set[tuple[Any, ...]] = set()
+        self._trusted: dict[tuple[Any, ...], shards.Inside] = {}
+        self._records: dict[tuple[Any, ...], Record] = {}
         self.refresh()
 
     def refresh(self) -> None:
@@ -209,13 +210,21 @@ class Store:
             raise StoreError(f"store {self.path.name} has no table of images yet; run influence build again")
         found = {}
         for shard, path in shards.record_paths(self.path / "shards", family).items():
-            record = shards.read_record(path, self._identity.names)
+            record = self._record(path)
             commit.check_size(path.parent, record)
             if shard in self._members:
                 found[shard] = record
             elif max(tables.numbers(self.path / "items"), default=-1) <= self._snapshot:
                 raise StoreError(f"{path} is of a shard that no table of images names; {ADVICE}")
         return found
+
+    def _record(self, path: Path) -> Record:
+        """A record, read again only if its file is another than before."""
+        with commit.reading(path):
+            version = _version(path, path.stat())
+        if version not in self._records:
+            self._records[version] = shards.read_record(path, self._identity.names)
+        return self._records[version]
 
     def missing(self, family: str = "loss") -> list[int]:
         """Numbers of the shards that are not committed yet."""
@@ -257,7 +266,7 @@ class Store:
         path = shards.record_path(self.path / "shards", family, shard)
         if not os.path.lexists(path):
             raise StoreError(f"store {self.path.name} has no {family} shard {shard}; run influence build to make it")
-        return self._content(shards.read_record(path, self._identity.names))
+        return self._content(self._record(path))
 
     def blocks(self, family: str = "loss") -> Iterator[ShardContent]:
         """All committed shards without excluded images, by number."""
@@ -267,13 +276,12 @@ class Store:
     def _content(self, record: Record) -> ShardContent:
         folder = self.path / "shards"
         facts = commit.check_size(folder, record)
-        version = (record.file, record.xxh3_128, facts.st_dev, facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns)
+        version = record.xxh3_128, *_version(folder / record.file, facts)
+        dim, batches = self.spec.dim, self._identity.batches
         if version not in self._trusted:
             commit.check_hash(folder, record)
-            self._trusted.add(version)
-        batches = self._identity.batches
-        content = shards.read_content(folder, record, self.spec.dim, batches, self.shard_items(record.shard))
-        return shards.without(content, self.excluded)
+            self._trusted[version] = shards.examine(folder, record, dim, batches, self.shard_items(record.shard))
+        return shards.without(shards.content(folder, record, dim, batches, self._trusted[version]), self.excluded)
 
     # Writing --------------------------------------------------------------------------------------------------------
 
@@ -295,7 +303,8 @@ class Store:
             del data
             commit.step("verify")
             rows = len(content.phi), len(content.psi)
-            back = shards.read(temporary, shards.layout(*rows, self.spec.dim, self._identity.batches))
+            expected = shards.layout(*rows, self.spec.dim, self._identity.batches)
+            back = shards.mapped(temporary, expected, shards.find(temporary, expected))
             if any(not np.array_equal(back[key], array) for key, array in arrays.items()):
                 raise StoreError(f"shard {name} was read back with other values than were written: check the disk")
             commit.step("hash")
@@ -443,6 +452,11 @@ def read_identity(folder: Path) -> Identity:
 
 
 # Odds ---------------------------------------------------------------------------------------------------------------
+
+
+def _version(path: Path, facts: os.stat_result) -> tuple[Any, ...]:
+    """What is another if a file was touched."""
+    return path, facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray] | None:

@@ -90,8 +90,8 @@ def verify(
             commit.check_hash(path.parent, record, thorough=True)
             if identity is not None:
                 shape = identity.spec.dim, identity.batches
-                content = shards.read_content(path.parent, record, *shape, list(ids) if whole else None)
-                shards.check_finite(record.file, content)
+                inside = shards.examine(path.parent, record, *shape, list(ids) if whole else None)
+                shards.check_finite(record.file, shards.content(path.parent, record, *shape, inside))
     if progress is not None:
         progress("verifying", len(paths), len(paths))
     for name in commit.names(folder / "derived"):

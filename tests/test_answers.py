@@ -252,7 +252,7 @@ def test_noise_and_a_photograph_are_not_from_a_model_of_letters(tmp_path):
             (tmp_path / name / row["file_name"]).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(tmp_path / "all" / row["file_name"], tmp_path / name / row["file_name"])
     store = tmp_path / "s"
-    influence.build(tmp_path / "data", model=model, store=store, dim=64, draws=8, controls=tmp_path / "controls")
+    influence.build(tmp_path / "data", model=model, store=store, dim=1024, draws=8, controls=tmp_path / "controls")
     rng = np.random.Generator(np.random.PCG64(0))
     Image.fromarray(rng.integers(0, 255, (24, 24), dtype=np.uint8)).save(tmp_path / "noise.png")
     y, x = np.mgrid[:24, :24] / 24

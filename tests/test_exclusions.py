@@ -37,7 +37,7 @@ def test_every_reader_passes_over_excluded_images_and_nothing_else_changes(tmp_p
         assert [content.item_ids[i] for i in content.psi_item] == [before.item_ids[i] for i in before.psi_item[kept]]
         one = again.read("loss", content.shard)
         np.testing.assert_array_equal(one.phi, content.phi)
-        shards.check_rows("x", content)
+        shards.check_rows("x", len(content.item_ids), content.psi_item, content.psi_draw)
     assert again.num_rows() == (9, 18) and again.num_rows("square") == (9, 0)
     assert again.missing() == [] and again.shard_items(0) == ids(*range(8))
     assert verification.verify(again) == []

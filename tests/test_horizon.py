@@ -10,7 +10,7 @@ import torch
 from tiny_models import pictures, tiny_ddpm
 
 import influence
-from influence import attribution, finetuning, models
+from influence import derived, finetuning, models
 from influence.curvature import curvature, solve
 from influence.errors import GradientError
 from influence.finetuning import FineTune
@@ -89,7 +89,7 @@ def test_a_store_takes_it_from_the_recipe_beside_the_model_and_uses_it(tmp_path)
     assert bare.source["damping"] is None
     picture = data / "000.png"
     plain = influence.attribute(picture, bare, k=None, draws=8)
-    assert plain.attrs["damping"] == pytest.approx(attribution.DAMPING)
+    assert plain.attrs["damping"] == pytest.approx(derived.DAMPING)
 
     recipe = {"epochs": 3, "batch_size": 2, "learning_rate": 1e-3}
     (model / finetuning.RECIPE_FILE).write_text(json.dumps(recipe), encoding="utf-8")

@@ -58,6 +58,25 @@ def test_a_damaged_shard_of_the_base_is_built_again_of_the_base(world, tmp_path)
     assert file.read_bytes() == whole
 
 
+def test_a_build_takes_the_second_point_of_the_way_and_the_default_method_reads_it(world):
+    made, without = influence.open_store(world / "s"), influence.open_store(world / "of_base")
+    assert made.complete("late") and made.controls().complete("late")
+    assert without.missing("late") and without.controls().missing("late")
+    found = [
+        influence.attribute(world / "data" / "003.png", one, draws=DRAWS).attrs["method"] for one in (made, without)
+    ]
+    assert found == ["two-point", "gauss-newton"]
+    with pytest.raises(OptionError, match="s would be asked with two-point and of_base with gauss-newton; name one"):
+        influence.attribute(world / "data" / "003.png", [made, without], draws=DRAWS)
+
+
+def test_a_base_of_other_parameters_is_refused_before_anything_is_written(world, tmp_path):
+    tiny_ddpm(tmp_path / "wide", channels=3, size=8, width=16)
+    with pytest.raises(OptionError, match=r"the base has other parameters .* pass the pipeline that the fine-tune"):
+        influence.build(world / "data", model=world / "model", base=tmp_path / "wide", store=tmp_path / "s", dim=64)
+    assert not (tmp_path / "s").exists()
+
+
 def test_two_points_add_scores_of_equal_size(world):
     picture = world / "controls" / "002.png"
     table = influence.attribute(picture, world / "s", method="two-point", k=None, draws=DRAWS, damping=0.3)

@@ -33,6 +33,7 @@ else:
 def world(tmp_path_factory):
     path = tmp_path_factory.mktemp("plan")
     tiny_ddpm(path / "ddpm")
+    tiny_ddpm(path / "base", seed=1)
     tiny_stable_diffusion(path / "sd")
     pictures(path / "data", count=20)
     pictures(path / "controls", count=30)  # 20 of them are training images
@@ -57,7 +58,8 @@ def test_disk_and_memory_are_within_a_fifth_of_what_then_happens(world, tmp_path
     assert (planned["images"], planned["curvature_rows"]) == (rows, psi_rows)
 
 
-def test_every_forward_of_the_build_is_counted(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("base", [None, "base"])
+def test_every_forward_of_the_build_is_counted(world, tmp_path, monkeypatch, base):
     """One second for each row of a forward, two if it gives curvature rows: the plan must add up to the same."""
     clock, taken = [0.0], []
 
@@ -70,6 +72,7 @@ def test_every_forward_of_the_build_is_counted(world, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "forward", forward)
     monkeypatch.setattr("influence.planning.time.perf_counter", lambda: clock[0])
     options = {"model": world / "ddpm", "controls": world / "controls", **OPTIONS}
+    options |= {} if base is None else {"base": world / base}
     planned = influence.plan(world / "data", **options)
     taken.clear()
     made = influence.build(world / "data", store=tmp_path / "s", **options)

@@ -64,7 +64,7 @@ def test_a_shard_file_is_of_the_oldest_hdf5_version_and_holds_little_else_than_i
 
 def test_arrays_are_mapped_read_only(tmp_path):
     found = filled(tmp_path / "s").read("loss", 0)
-    assert isinstance(found.phi, np.memmap)
+    assert isinstance(found.phi.base, np.memmap)
     with pytest.raises(ValueError, match="read-only"):
         found.phi[0] = 0
 

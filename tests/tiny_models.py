@@ -19,13 +19,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from influence import keys
 
 
-def tiny_ddpm(path, *, seed=0, prediction_type="epsilon", channels=3, size=8):
+def tiny_ddpm(path, *, seed=0, prediction_type="epsilon", channels=3, size=8, width=8):
     """A DDPMPipeline."""
     unet = UNet2DModel(
         sample_size=size,
         in_channels=channels,
         out_channels=channels,
-        block_out_channels=(8, 16),
+        block_out_channels=(width, 16),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
