@@ -26,7 +26,7 @@ from influence.features import Recipe
 from influence.gradients import Inputs, Output
 from influence.horizon import BATCHES, ROWS, horizon_damping
 from influence.projection import PROJECTIONS, Projection
-from influence.queries import LATE
+from influence.waypoints import LATE
 
 DIM, DRAWS, QUERY_DRAWS = 8192, 40, 128
 DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
