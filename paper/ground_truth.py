@@ -91,8 +91,13 @@ def chosen(folder: Path, kind: str, conditional: bool) -> list[Query]:
 
 
 def generated(work: Path, recipe: FineTune, base: Path, prompts: list[str] | None) -> list[Query]:
-    """Pictures sampled from the fine-tuned model, with prompts of the training set if it reads any."""
-    out = work / "generated"
+    """Pictures sampled from the fine-tuned model, with prompts of the training set if it reads any.
+
+    Those that were measured are kept: on another processor a sample differs by a grey level in a pixel or two.
+    """
+    out, kept = work / "generated", base.parent / "generated"
+    if not out.exists() and kept.exists():
+        shutil.copytree(kept, out)
     if not out.exists():
         adapted = recipe.lora_rank is not None
         denoiser = models.load_denoiser(base if adapted else work / "model", lora=work / "model" if adapted else None)
