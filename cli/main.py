@@ -84,10 +84,17 @@ def cli() -> None:
 @click.option("--model", required=True, type=click.Path(path_type=Path), help="Diffusers or training output folder.")
 @click.option("--lora", type=click.Path(path_type=Path), help="pytorch_lora_weights.safetensors; adapter only.")
 @click.option("--store", "store", type=click.Path(path_type=Path), help="Folder to write; needed without --plan.")
-@click.option("--dim", type=int, default=8192, show_default=True, help="k, entries of a projected gradient.")
+@click.option("--dim", type=int, help="k, entries of a projected gradient.  [default: 32768, less for many images]")
 @click.option("--projection", type=click.Choice(list(influence.PROJECTIONS)), default="countsketch", show_default=True)
+@click.option(
+    "--metric",
+    type=click.Choice(["adamw", "plain"]),
+    default="adamw",
+    show_default=True,
+    help="That in which AdamW moved, or gradients as they are.",
+)
 @click.option("--draws", type=int, default=40, show_default=True, help="Draws (t, ε) of each image.")
-@click.option("--curvature-rows", type=int, help="Curvature rows over all images.  [default: 2 × dim]")
+@click.option("--curvature-rows", type=int, help="Curvature rows over all images.  [default: 16384]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Key of the projection and of all draws.")
 @click.option("--parameters", metavar="GLOB", help="Parameters to take gradients of.  [default: all trained ones]")
 @click.option("--creator-column", help="Column that names the creator.  [default: creator]")
@@ -130,7 +137,7 @@ def build(
     """  # noqa: D301
     if plan:
         with progress() as show:
-            costs = influence.plan(dataset, controls=controls, progress=show, message=say, **options)
+            costs = influence.plan(dataset, controls=controls, base=base, progress=show, message=say, **options)
         for name, value in costs.items():
             click.echo(f"{name:16}{_quantity(name, value)}")
         return

@@ -344,9 +344,8 @@ def _share_table(
 
 def _queries(scored: Scored, made: Sequence[Verdict], copies: pd.DataFrame, shares: pd.DataFrame) -> pd.DataFrame:
     rows = []
-    estimator = DEFAULT_ESTIMATOR if (shares["estimator"] == DEFAULT_ESTIMATOR).any() else "group_sum"
     way = scored.creators if scored.whole is None else scored.whole
-    chosen = shares[shares["estimator"] == estimator].set_index(["query_id", "contributor_id"])["share"]
+    by_name = shares.set_index(["estimator", "query_id", "contributor_id"])["share"]
     for q, (row, found) in enumerate(zip(scored.table.attrs["queries"], made, strict=True)):
         mine = copies[copies["query"] == row["query"]]
         nearest = mine.sort_values(["near_copy", "similarity"], ascending=False).iloc[0]
@@ -374,8 +373,8 @@ def _queries(scored: Scored, made: Sequence[Verdict], copies: pd.DataFrame, shar
             "max_similarity_item": nearest["item_id"],
             "similarity_metric": nearest["metric"],
             "reliability": royalties.reliability(way.totals[q], _variance(way, q)),
-            "unattributed_share": float(chosen[row["query_id"], UNATTRIBUTED]),
-            "base_model_share": float(chosen[row["query_id"], BASE_MODEL]),
+            "unattributed_share": by_name.get(("gated_group_sum", row["query_id"], UNATTRIBUTED)),
+            "base_model_share": float(by_name[DEFAULT_ESTIMATOR, row["query_id"], BASE_MODEL]),
         })  # fmt: skip
     return pd.DataFrame(rows)
 

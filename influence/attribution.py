@@ -180,7 +180,7 @@ def score_one(
     if controls is not None and controls.missing("loss"):
         raise StoreError(f"the controls of store {made.path.name} are not complete; run the same build again")
     moved = {"model": model if made.source["lora"] else None, "lora": lora}
-    before = load_base(made.source, made.spec, base, loaded.device, **moved)
+    before = load_base(made.source, loaded.denoiser, base, loaded.device, **moved)
     if path and before is not None and not known:
         message(
             "creators' totals are of the end of the fine-tune, not of the whole way: build the store with --base DIR"
@@ -201,14 +201,13 @@ def score_one(
     num_train = float(groups.files.sum())
     factored = derived.solver(made, chosen, damping) if chosen.curvature else None
     h = derived.leverages(made, chosen, damping, factored, groups)
-    late = derived.late_scale(made, chosen, damping, factored)
     if clusters is not None:
         groups = scoring.shared(groups, clusters)
 
     def scan(
         method: scoring.Method, asked: Queries, k: int | None, h: np.ndarray, controls: Store | None
     ) -> tuple[pd.DataFrame, Creators, Controls | None]:
-        v, parts = scanning.preconditioned(method, asked, factored, num_train, late, intervals)
+        v, parts = scanning.preconditioned(method, asked, factored, num_train, intervals)
         compared = None if controls is None else scanning.control_scores(controls, method, v, asked)
         table, creators = scanning.rank(made, method, v, asked, k, groups, h, compared)
         if intervals:
@@ -229,7 +228,7 @@ def score_one(
     table = table[COLUMNS]
     table.attrs = {
         "method": method,
-        "damping": None if factored is None else factored.damping / factored.unit,
+        "damping": None if factored is None else factored.damping / factored.unit / chosen.steps,
         "draws": draws,
         "formula": chosen.formula,
         "controls": count,

@@ -64,7 +64,7 @@ def _prepare_worker(
     torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // workers)))
     loaded, made = load(options, silent), store.open_store(path)
     if family in ("base", "late"):
-        before = load_base(made.source, made.spec, None, loaded.device)
+        before = load_base(made.source, loaded.denoiser, None, loaded.device)
         assert before is not None
         loaded = waypoint(family, loaded, before)
     return _shard_work(made, family, loaded, data)

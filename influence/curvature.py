@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Float64, Int
+from scipy.linalg import lapack
 from torch import Tensor
 
 from influence.errors import OptionError
@@ -82,7 +83,7 @@ def _dual(blocks: Blocks, dim: int, damping: float, absolute: bool) -> Curvature
     psi, total = np.concatenate([rows for rows, _ in parts]), sum(weight for _, weight in parts)
     m = np.zeros((len(psi), len(psi)))
     for start in range(0, dim, _BLOCK):
-        columns = psi[:, start : start + _BLOCK]
+        columns = np.ascontiguousarray(psi[:, start : start + _BLOCK])
         m += columns @ columns.T
     unit = float(m.trace()) / total / dim
     lam = damping if absolute else damping * unit
@@ -107,9 +108,20 @@ def solve(curvature: Curvature, v: Float[Tensor, "rows k"]) -> Float64[Tensor, "
     v = v.double()
     if curvature.psi is None:
         return _substituted(curvature.factor, v.T).T
-    psi = curvature.psi.double()
-    alpha = _substituted(curvature.factor, psi @ v.T)  # [R, rows]
-    return (v - alpha.T @ psi) / curvature.damping
+    alpha = _substituted(curvature.factor, _inner(curvature.psi, v))  # [R, rows]
+    result = torch.empty_like(v)
+    for start in range(0, v.shape[1], _BLOCK):
+        columns = slice(start, start + _BLOCK)
+        result[:, columns] = (v[:, columns] - alpha.T @ curvature.psi[:, columns].double()) / curvature.damping
+    return result
+
+
+def _inner(psi: Float32[Tensor, "rows k"], v: Float64[Tensor, "n k"]) -> Float64[Tensor, "rows n"]:
+    """Ψ vᵀ in float64, without a copy of Ψ in float64."""
+    result = torch.zeros(len(psi), len(v), dtype=torch.float64)
+    for start in range(0, v.shape[1], _BLOCK):
+        result += psi[:, start : start + _BLOCK].double() @ v[:, start : start + _BLOCK].T
+    return result
 
 
 def _substituted(factor: Float64[Tensor, "n n"], columns: Float64[Tensor, "n m"]) -> Float64[Tensor, "n m"]:
@@ -123,8 +135,17 @@ def quadratic(curvature: Curvature, rows: Float[Tensor, "rows k"]) -> Float64[Te
     rows = rows.double()
     if curvature.psi is None:
         return torch.linalg.solve_triangular(curvature.factor, rows.T, upper=False).square().sum(0)
-    inner = torch.linalg.solve_triangular(curvature.factor, curvature.psi.double() @ rows.T, upper=False)
+    inner = torch.linalg.solve_triangular(curvature.factor, _inner(curvature.psi, rows), upper=False)
     return (rows.square().sum(1) - inner.square().sum(0)) / curvature.damping
+
+
+def own_parts(curvature: Curvature) -> Float64[Tensor, " rows"] | None:
+    """w_r ψ_rᵀ (H + λI)⁻¹ ψ_r / R of every row of H in the dual: 1 − Rλ [(ΨΨᵀ + RλI)⁻¹]_rr; `None` in the primal."""
+    if curvature.psi is None:
+        return None
+    inverse, info = lapack.dtrtri(curvature.factor.numpy(), lower=1)
+    assert info == 0
+    return 1 - curvature.rows * curvature.damping * torch.from_numpy(np.einsum("ij,ij->j", inverse, inverse))
 
 
 MAX_LEVERAGE = 0.9
@@ -136,6 +157,7 @@ def leverage(
     psi: Float[Tensor, "rows k"],
     psi_item: Int[Tensor, " rows"],
     num_train: float,
+    own: Float64[Tensor, " rows"] | None = None,
 ) -> Float64[Tensor, " images"]:
     """h: by which part a training image's score is smaller than if the model had not been trained on it.
 
@@ -146,18 +168,20 @@ def leverage(
         h_i = φ_iᵀ H_λ⁻¹ G H_λ⁻¹ φ_i / (N φ_iᵀ H_λ⁻¹ φ_i) = (1/N) mean_r (ψ_rᵀ H_λ⁻¹ φ_i)² / (φ_iᵀ H_λ⁻¹ φ_i),
 
     over the image's own curvature rows, each of which is itself in H and is left out of it: ψ_rᵀ H_λ⁻¹ φ_i is divided
-    by 1 − ψ_rᵀ H_λ⁻¹ ψ_r / R. The score of the image left out is then τ / (1 − h). An image without curvature rows has
-    NaN: the caller gives it the mean. No h is taken above 0.9: an image that the model hangs on is beyond second order.
+    by 1 − ψ_rᵀ H_λ⁻¹ ψ_r / R, of which `own` has the second part if it is known (`own_parts`). The score of the image
+    left out is then τ / (1 − h). An image without curvature rows has NaN: the caller gives it the mean. No h is taken
+    above 0.9: an image that the model hangs on is beyond second order.
 
     Where H is made of the features themselves (TRAK) there is a closed form, φ_iᵀ (ΦᵀΦ + λI)⁻¹ φ_i: `feature_leverage`.
     """
     solved = solve(curvature, phi)
-    own = (phi.double() * solved).sum(1)
-    inside = (1 - quadratic(curvature, psi) / curvature.rows).clamp(min=1 - MAX_LEVERAGE)
+    score = (phi.double() * solved).sum(1)
+    inside = 1 - (quadratic(curvature, psi) / curvature.rows if own is None else own)
+    inside = inside.clamp(min=1 - MAX_LEVERAGE)
     along = ((psi.double() * solved[psi_item]).sum(1) / inside).square()
     count = torch.zeros(len(phi), dtype=torch.float64).index_add_(0, psi_item, torch.ones_like(along))
     total = torch.zeros(len(phi), dtype=torch.float64).index_add_(0, psi_item, along)
-    h = torch.where(own > 0, total / count / own / num_train, 0.0)
+    h = torch.where(score > 0, total / count / score / num_train, 0.0)
     return h.clamp(max=MAX_LEVERAGE)
 
 

@@ -1,4 +1,4 @@
-"""What is derived of a store once and kept beside it: factors of H + λI, leverages, the sizes of two points' scores."""
+"""What is derived of a store once and kept beside it: factors of H + λI, leverages."""
 
 import hashlib
 import weakref
@@ -11,7 +11,6 @@ from jaxtyping import Float64
 
 from influence import curvature as curvatures
 from influence.curvature import Curvature
-from influence.scanning import blocks
 from influence.scoring import Groups, Method
 from influence.store import Store
 
@@ -19,7 +18,6 @@ DAMPING = 0.1
 """λ in units of tr(H)/k, where nothing is known of the fine-tune's steps."""
 _LAST: weakref.WeakKeyDictionary[Store, tuple[str, Curvature]] = weakref.WeakKeyDictionary()
 """The name and the factor that an open store used last."""
-_SAMPLE = 256  # images, about, whose scores on each other give the usual size of scores
 
 
 def _weights(made: Store) -> pd.Series:
@@ -30,21 +28,15 @@ def _weights(made: Store) -> pd.Series:
 def _damping(made: Store, method: Method, damping: float | None) -> tuple[float, bool]:
     """The damping to use, and whether it is λ itself."""
     if damping is None and method.curvature == "psi" and made.source.get("damping") is not None:
-        return float(made.source["damping"]), True
-    return (DAMPING if damping is None else float(damping)), False
+        return method.steps * float(made.source["damping"]), True
+    return method.steps * (DAMPING if damping is None else float(damping)), False
 
 
-def _name(made: Store, what: str, method: Method, damping: float | None, *more: str) -> str:
+def _name(made: Store, what: str, method: Method, damping: float | None) -> str:
     """Named by all that it depends on."""
     weights = _weights(made)
     several = sorted(weights[weights > 1].items())  # the others weigh 1 each
-    key = (
-        made.family_hash(method.family),
-        *more,
-        method.curvature,
-        repr(_damping(made, method, damping)),
-        repr(several),
-    )
+    key = made.family_hash(method.family), method.curvature, repr(_damping(made, method, damping)), repr(several)
     return f"{what}-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.safetensors"
 
 
@@ -96,38 +88,22 @@ def leverages(
     if kept is not None:
         return kept["h"]
     h = np.full(len(groups.ids), np.nan)
+    own = curvatures.own_parts(factored) if method.curvature == "psi" else None
+    weight, seen = _weights(made), 0
     for content in made.blocks(method.family):
         phi = torch.tensor(content.phi)
         if method.curvature == "phi":
             found = curvatures.feature_leverage(factored, phi)
         else:
             psi, item = torch.tensor(content.psi), torch.tensor(content.psi_item).long()
-            found = curvatures.leverage(factored, phi, psi, item, float(groups.files.sum()))
+            parts = None
+            if own is not None:  # rows of Ψ are those of the shards, in order, multiplied by the root of their weight
+                parts = own[seen : seen + len(psi)] / torch.tensor(weight[content.item_ids].to_numpy())[item]
+            seen += len(psi)
+            found = curvatures.leverage(factored, phi, psi, item, float(groups.files.sum()), parts)
         h[groups.places(content.item_ids)] = found.numpy()
     h = np.where(np.isnan(h), np.nanmean(h), h)  # images without curvature rows
     weights = np.asarray(groups.files.sum(1)).ravel()
     h = np.minimum(h * weights, curvatures.MAX_LEVERAGE)
     made.write_derived(name, {"h": h})
     return h
-
-
-def late_scale(made: Store, method: Method, damping: float | None, factored: Curvature | None) -> float:
-    """The c of `two-point`, by which scores of training images on each other have the same root mean square."""
-    if method.beside != "late" or factored is None:
-        return 1.0
-    name = _name(made, "late-scale", method, damping, made.family_hash(method.beside))
-    kept = made.read_derived(name)
-    if kept is not None:
-        return float(kept["scale"][0])
-    every, seen = max(1, made.num_rows(method.family)[0] // _SAMPLE), 0
-    sample: list[tuple[np.ndarray, ...]] = []
-    for content in blocks(made, method):
-        sample.append(tuple(part[-seen % every :: every] for part in content.phi))
-        seen += len(content.item_ids)
-    sizes = []
-    for point in zip(*sample, strict=True):
-        phi = torch.from_numpy(np.concatenate(point)).double()
-        sizes.append(float((curvatures.solve(factored, phi) @ phi.T).norm()))
-    scale = sizes[0] / sizes[1]
-    made.write_derived(name, {"scale": np.array([scale])})
-    return scale

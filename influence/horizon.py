@@ -1,66 +1,114 @@
-"""The damping that a fine-tune has of its own: AdamW took so many steps, and no more.
+"""What is known of a fine-tune from its own steps: the metric in which AdamW moved, and how far it could go.
 
-AdamW moves a parameter by η/√v for each unit of its gradient, v being the second moment of the batch gradient. Steps of
-sizes η_t fit a direction of curvature σ by a part of 1 − exp(−σ Σ η_t/√v); what was not fitted is as if it were damped
-by Λ = √v / Σ η_t, since σ/(σ + Λ) is nearly that part (Bae et al., 2024, for plain gradient descent). Features are in
-the metric of the plain gradient, which has one λ for all parameters: that of Λ along the gradients themselves,
+AdamW moves a parameter by η/√v for each unit of its gradient, v being the second moment of the batch gradient. So
+after steps of sizes η_t a direction with gradient g has moved by (Σ η_t) D⁻¹ g, D = diag √v, and what a curvature H
+leaves unfitted after them is as if H + D/Σ η_t were inverted, where training to the end would invert H (Bae et al.,
+2024, for plain gradient descent, whose D = I). With features in the metric of D,
 
-    λ = E[gᵀ Λ g] / E[gᵀ g] = Σ_j v_j^(3/2) / (Σ_t η_t · Σ_j v_j).
+    φ = P D^(−1/2) g,  H in the same features,  λ = 1 / Σ_t η_t:  gᵀ (H + λD)⁻¹ g′ = φᵀ (H + λI)⁻¹ φ′.
 
-Nothing is chosen here by looking at how well scores do.
+D is one number for each parameter tensor, its mean along the gradients, Σ_j v_j^(3/2) / Σ_j v_j; v is the mean over the
+way of the fine-tune. In the plain metric D is one number for all: φ = P g and λ = D / Σ_t η_t. Nothing is chosen here
+by looking at how well scores do.
 """
 
-from collections.abc import Iterable
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from influence import diffusion, keys
 from influence.errors import GradientError
-from influence.finetuning import FineTune
 from influence.models import Denoiser
 
 BATCHES, ROWS = 64, 8
+METRICS = ("adamw", "plain")
+Batches = Sequence[tuple[Tensor, Tensor | None]]
 
 
-def horizon_damping(
-    denoiser: Denoiser, recipe: FineTune, batches: Iterable[tuple[Tensor, Tensor | None]], *, images: int, seed: int
-) -> float:
-    """λ of a fine-tune, in units of curvature.
+def second_moments(
+    points: Iterable[tuple[float, Denoiser]], batches: Batches, *, batch_size: int, seed: int
+) -> dict[str, Tensor]:
+    """Second moments v of each parameter, by entry: the mean square of a batch's gradient over the way.
 
-    v of a batch of B rows is taken as b/B times that of the batches given, of b rows each: around a minimum the
-    gradient of a batch is nearly all noise. It is taken where the fine-tune ended.
+    That of a batch of B rows is taken as b/B times that of the batches given, of b rows each: the gradient of a batch
+    is nearly all noise.
 
     Args:
-        denoiser: The fine-tuned model.
-        recipe: How it was trained.
+        points: Models on the way and the part of its steps that each stands for.
         batches: Encoded images and captions `(x₀, c)` of random training images, batch by batch.
-        images: N, which gives the number of steps.
+        batch_size: B.
         seed: Key of the timesteps and the noise.
 
     Raises:
-        GradientError: A gradient is not finite, or all are zero.
+        GradientError: A gradient is not finite.
     """
-    parameters = list(denoiser.parameters.values())
-    asked = [parameter.requires_grad for parameter in parameters]
-    v = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        for number, (x0, cond) in enumerate(batches):
-            for total, gradient in zip(v, _gradient(denoiser, x0, cond, (seed, number)), strict=True):
-                total += gradient.float().square() * (len(x0) / recipe.batch_size)
-    finally:
-        for parameter, before in zip(parameters, asked, strict=True):
-            parameter.requires_grad_(before)
-    count = number + 1
-    first = sum(float((part / count).double().sum()) for part in v)
-    weighted = sum(float((part / count).double().pow(1.5).sum()) for part in v)
-    if not 0 < first < float("inf"):
-        raise GradientError(
-            f"the squared gradients of {count} batches sum to {first}; expected a finite number above 0"
-        )
-    return weighted / first / recipe.total_learning_rate(images)
+    v: dict[str, Tensor] = {}
+    for part, denoiser in points:
+        parameters = denoiser.parameters
+        asked = [parameter.requires_grad for parameter in parameters.values()]
+        try:
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
+            for number, (x0, cond) in enumerate(batches):
+                weight = part / len(batches) * len(x0) / batch_size
+                for name, gradient in zip(parameters, _gradient(denoiser, x0, cond, (seed, number)), strict=True):
+                    square = gradient.float().square().mul_(weight)
+                    v[name] = v[name].add_(square) if name in v else square
+        finally:
+            for parameter, before in zip(parameters.values(), asked, strict=True):
+                parameter.requires_grad_(before)
+    for name, value in v.items():
+        if not bool(value.sum().isfinite()):
+            raise GradientError(f"the squared gradients of {name} are not finite; expected finite weights and pictures")
+    return v
+
+
+_FLOOR = 1e-3
+
+
+def tensor_scales(v: Mapping[str, Tensor]) -> dict[str, float]:
+    """W = D^(−1/2) of each parameter, by name.
+
+    No D is taken below a thousandth of that of the plain metric: gradients which are so small are rounding, as those of
+    a key's bias, which a softmax ignores, and AdamW's ε bounds what they do. W is rounded to eighths of a power of two,
+    so that two builders at once come to the same on any two processors.
+
+    Raises:
+        GradientError: No parameter has a gradient.
+    """
+    least = _FLOOR * mean_along_gradients(v)
+    sums = {name: _sums(value) for name, value in v.items()}
+    d = {name: max(weighted / first if first > 0 else 0.0, least) for name, (weighted, first) in sums.items()}
+    return {name: 2.0 ** (round(-4 * math.log2(value)) / 8) for name, value in d.items()}
+
+
+def mean_along_gradients(v: Mapping[str, Tensor]) -> float:
+    """D of the plain metric: one number for all parameters.
+
+    Raises:
+        GradientError: No parameter has a gradient.
+    """
+    weighted, first = (sum(part) for part in zip(*map(_sums, v.values()), strict=True))
+    if not first > 0:
+        raise GradientError("all gradients are zero: the model's loss does not depend on its parameters")
+    return weighted / first
+
+
+def fingerprint(scales: Mapping[str, float] | None) -> str:
+    """What identifies W; `plain` for none."""
+    if scales is None:
+        return "plain"
+    return hashlib.sha256(json.dumps(dict(scales), sort_keys=True).encode()).hexdigest()
+
+
+def _sums(v: Tensor) -> tuple[float, float]:
+    """Σ v^(3/2) and Σ v."""
+    exact = v.double()
+    return float(exact.pow(1.5).sum()), float(exact.sum())
 
 
 def _gradient(denoiser: Denoiser, x0: Tensor, cond: Tensor | None, key: tuple[int, int]) -> tuple[Tensor, ...]:

@@ -1,13 +1,14 @@
 """Loads a model for taking features: spec, recipe, engine, device, and a batch size that fits a memory."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from influence import gradients, models, spec
+from influence import diffusion, gradients, horizon, models, spec
 from influence.errors import GradientError, OptionError
 from influence.features import Recipe
 from influence.memory import parse_size, peak, rows_within
@@ -42,8 +43,11 @@ class BuildOptions:
     dataset: str
     model: str
     lora: str | None = None
-    dim: int = 8192
+    dim: int | None = None
+    """k; `None` as long as it is not known how many images there are."""
     projection: str = "countsketch"
+    scales: Mapping[str, float] | None = None
+    """W: what the gradient of each parameter is multiplied by."""
     draws: int = 40
     seed: int = 0
     engine: str = "auto"
@@ -56,25 +60,55 @@ class BuildOptions:
 
 def load(options: BuildOptions, message: Message) -> Loaded:
     """Load the model, and say how features are taken from it."""
+    return prepared(network(options), options, message)
+
+
+def network(options: BuildOptions) -> Denoiser:
+    """The model alone."""
     for name, value, least in (
         ("dim", options.dim, 1),
         ("draws", options.draws, 1),
         ("batch-size", options.batch_size, 1),
     ):
-        if value < least:
+        if value is not None and value < least:
             raise OptionError(f"{name} is {value}; expected at least {least}")
     if options.projection not in PROJECTIONS:
         raise OptionError(f"projection {options.projection!r} is unknown; expected one of {', '.join(PROJECTIONS)}")
     if options.dtype not in ("fp32", "bf16"):
         raise OptionError(f"dtype {options.dtype!r} is unknown; expected fp32 or bf16")
-    device = _device(options.device)
-    denoiser = models.load_denoiser(
+    return models.load_denoiser(
         Path(options.model),
         lora=None if options.lora is None else Path(options.lora),
         parameters=options.parameters,
         resolution=options.resolution,
-        device=device,
+        device=_device(options.device),
     )
+
+
+DIMS = (32768, 16384, 8192)
+_FEATURE_BYTES = 4 << 30
+
+
+def with_dim(options: BuildOptions, denoiser: Denoiser, images: int) -> BuildOptions:
+    """Options whose k is known: as large as so many images allow, since a larger k makes better scores.
+
+    All features of a store with standard errors, at two points of the way, stay within 4 GiB as long as k is above the
+    least of `DIMS`. A gradient that has no more entries than that is kept as it is.
+    """
+    if options.dim is not None:
+        return options
+    size = sum(parameter.numel() for parameter in denoiser.parameters.values())
+    row = 4 + 2 * diffusion.num_batches(options.draws)
+    dim = next((k for k in DIMS if 2 * images * row * k <= _FEATURE_BYTES), DIMS[-1])
+    if options.projection == "countsketch" and size <= dim:
+        return replace(options, dim=size, projection="identity")
+    return replace(options, dim=dim)
+
+
+def prepared(denoiser: Denoiser, options: BuildOptions, message: Message) -> Loaded:
+    """A model with all that says how features are taken from it."""
+    assert options.dim is not None
+    device = str(next(iter(denoiser.parameters.values())).device)
     shapes = {name: tuple(parameter.shape) for name, parameter in denoiser.parameters.items()}
     dim = options.dim
     if options.projection == "identity":
@@ -89,11 +123,13 @@ def load(options: BuildOptions, message: Message) -> Loaded:
         dim=dim,
         seed=options.seed,
         dtype=options.dtype,
+        metric=horizon.fingerprint(options.scales),
     )
+    projection = PROJECTIONS[options.projection]
     recipe = Recipe(
         schedule=denoiser.schedule,
         parameters=denoiser.parameters,
-        projection=PROJECTIONS[options.projection](shapes, dim=dim, seed=options.seed, device=torch.device(device)),
+        projection=projection(shapes, dim=dim, seed=options.seed, device=torch.device(device), scales=options.scales),
         seed=options.seed,
         role="train",
         num_draws=options.draws,
@@ -141,6 +177,7 @@ def load_for(
         lora=source["lora"] if lora is None else str(Path(lora).absolute()),
         dim=made.spec.dim,
         projection=made.spec.projection,
+        scales=source["scales"],
         draws=draws,
         seed=made.spec.seed,
         engine=engine,

@@ -11,20 +11,21 @@ from typing import Any
 
 import pandas as pd
 
-from influence import datasets, diffusion, finetuning, keys, shards, store
+from influence import datasets, diffusion, finetuning, horizon, keys, shards, store
 from influence import items as tables
 from influence.building import run_shards
 from influence.errors import DatasetError, OptionError
-from influence.horizon import BATCHES, ROWS, horizon_damping
-from influence.loading import DEFAULT_BATCH, BuildOptions, Loaded, load, within_memory
+from influence.loading import DEFAULT_BATCH, BuildOptions, Loaded, network, prepared, with_dim, within_memory
 from influence.memory import parse_size
 from influence.models import Denoiser
 from influence.progress import Message, Progress, silent
 from influence.store import Store
 from influence.taking import decode, encoded
-from influence.waypoints import base_is_known, load_base, require_same_parameters, waypoint
+from influence.waypoints import base_is_known, load_base, require_same_parameters, way, waypoint
 
 LIBRARIES = ("influence", "torch", "diffusers", "peft", "transformers", "numpy", "h5py", "pillow")
+CURVATURE_ROWS = 16384
+TOTAL_LEARNING_RATE = 0.25  # Σ η_t of a fine-tune of which nothing is known: 1e-4 for 2,500 steps
 COPIES = 4  # of a shard's rows, at its commit: the features, HDF5's image of them, the bytes of the file, both again
 
 
@@ -34,8 +35,9 @@ def build(
     model: str | os.PathLike[str],
     store: str | os.PathLike[str],
     lora: str | os.PathLike[str] | None = None,
-    dim: int = 8192,
+    dim: int | None = None,
     projection: str = "countsketch",
+    metric: str = "adamw",
     draws: int = 40,
     curvature_rows: int | None = None,
     seed: int = 0,
@@ -64,10 +66,12 @@ def build(
         model: Diffusers pipeline folder, or training output folder; the base pipeline if `lora` is given.
         store: Folder to write to.
         lora: `pytorch_lora_weights.safetensors`, or a folder that holds it.
-        dim: k, entries of a feature; the identity projection takes the number of parameters instead.
+        dim: k, entries of a feature; the identity projection takes the number of parameters instead. By default 32768
+            for up to some 4,000 images, 8192 for more than 9,000 or so, or what the store has.
         projection: Name in `PROJECTIONS`.
+        metric: `adamw`: gradients are compared in the metric in which AdamW moved (`horizon`); `plain`: as they are.
         draws: S, draws (t, ε) of each image.
-        curvature_rows: Curvature rows in all, spread over the images; 2 · dim by default.
+        curvature_rows: Curvature rows in all, spread over the images; 16,384 by default.
         seed: Key of the projection and of every draw.
         engine: `hooks`, `vmap`, or `auto`: hooks where they cover every parameter.
         parameters: Glob over parameter names; all trained parameters by default.
@@ -106,14 +110,16 @@ def build(
         device=device,
         dtype=dtype,
     )
-    loaded = load(options, message)
-    data = read(dataset, loaded.denoiser, creator_column, progress, message)
-    source = source_of(options, base, creator_column, loaded)
+    denoiser = network(options)
+    data = read(dataset, denoiser, creator_column, progress, message)
+    source = source_of(options, base, creator_column, denoiser)
+    options, facts = settled(Path(store), denoiser, options, data, source, metric, recipe, message)
+    source |= facts
+    loaded = prepared(denoiser, options, message)
     if memory is not None:
-        held = COPIES * shard_bytes(loaded, options, data, curvature_budget(loaded, options, data, curvature_rows)[1])
-        held += waypoint_bytes(source, loaded)
+        held = COPIES * shard_bytes(loaded, options, data, curvature_budget(options, data, curvature_rows)[1])
+        held += waypoint_bytes(source, denoiser)
         loaded, options = within_memory(loaded, options, memory, held, message, workers)
-    source["damping"] = _own_damping(Path(store), loaded, options, data, recipe, message)
     made = _open_or_create(Path(store), loaded, options, data, curvature_rows, source)
     run_shards(made, "loss", loaded, options, data, workers, progress, message)
     parts = [(made, options, data)]
@@ -129,7 +135,7 @@ def build(
 
 
 def source_of(
-    options: BuildOptions, base: str | os.PathLike[str] | None, creator_column: str | None, loaded: Loaded
+    options: BuildOptions, base: str | os.PathLike[str] | None, creator_column: str | None, denoiser: Denoiser
 ) -> dict[str, Any]:
     """Where things come from, as the store keeps it.
 
@@ -146,22 +152,22 @@ def source_of(
         "creator_column": creator_column,
     }
     if base is not None:
-        before = load_base(source, loaded.spec, None, "cpu")
+        before = load_base(source, denoiser, None, "cpu")
         assert before is not None
-        require_same_parameters(before, loaded.denoiser)
+        require_same_parameters(before, denoiser)
         source["base_model"] = before.identity["model"]
     return source
 
 
-def waypoint_bytes(source: Mapping[str, Any], loaded: Loaded) -> int:
+def waypoint_bytes(source: Mapping[str, Any], denoiser: Denoiser) -> int:
     """Bytes of the networks that are held beside the fine-tuned one, if its base is known: base, and ¾ of the way."""
-    weights = loaded.denoiser.network.state_dict().values()
+    weights = denoiser.network.state_dict().values()
     return 2 * sum(value.numel() * value.element_size() for value in weights) if base_is_known(source) else 0
 
 
 def _late(made: Store, loaded: Loaded) -> Loaded:
     """The model at the second point of the way; the base is not kept."""
-    before = load_base(made.source, made.spec, None, loaded.device)
+    before = load_base(made.source, loaded.denoiser, None, loaded.device)
     assert before is not None
     return waypoint("late", loaded, before)
 
@@ -191,15 +197,13 @@ def read(
     return data
 
 
-def curvature_budget(
-    loaded: Loaded, options: BuildOptions, data: datasets.Dataset, curvature_rows: int | None
-) -> tuple[int, float]:
+def curvature_budget(options: BuildOptions, data: datasets.Dataset, curvature_rows: int | None) -> tuple[int, float]:
     """Curvature rows that are wanted in all, and for each image on average.
 
     Raises:
         OptionError: Fewer than none are wanted.
     """
-    wanted = 2 * loaded.spec.dim if curvature_rows is None else curvature_rows
+    wanted = CURVATURE_ROWS if curvature_rows is None else curvature_rows
     if wanted < 0:
         raise OptionError(f"curvature-rows is {wanted}; expected 0 or more")
     return wanted, min(wanted / len({item.item_id for item in data.items}), float(options.draws))
@@ -219,32 +223,60 @@ def own_recipe(options: BuildOptions, recipe: str | os.PathLike[str] | None) -> 
     return None if found is None else finetuning.read_recipe(found)
 
 
-def _own_damping(
+def settled(
     path: Path,
-    loaded: Loaded,
+    denoiser: Denoiser,
     options: BuildOptions,
     data: datasets.Dataset,
+    source: Mapping[str, Any],
+    metric: str,
     recipe: str | os.PathLike[str] | None,
     message: Message,
-) -> float | None:
-    """λ of the fine-tune's own steps; of a store that is there already, what it has."""
+) -> tuple[BuildOptions, dict[str, Any]]:
+    """Options with k and W, and what the store keeps: W, and λ of the fine-tune's own steps.
+
+    A store that is there already has them: features that are added to it must meet those that it has.
+
+    Raises:
+        OptionError: The metric is unknown.
+    """
+    if metric not in horizon.METRICS:
+        raise OptionError(f"metric {metric!r} is unknown; expected {' or '.join(horizon.METRICS)}")
     if (path / "store.json").exists():
+        made = store.open_store(path)
         if recipe is not None:
             message(f"store {path.name} keeps the damping that it was made with: --recipe is not read again")
-        return store.open_store(path).source.get("damping")
+        kept = {name: made.source.get(name) for name in ("scales", "damping")}
+        if options.dim is None:
+            options = replace(options, dim=made.spec.dim, projection=made.spec.projection)
+        if metric == "plain" and kept["scales"] is not None:
+            raise OptionError(
+                f"store {path.name} is in the metric of AdamW; leave out --metric, or build another store"
+            )
+        return replace(options, scales=kept["scales"]), kept
+    options = with_dim(options, denoiser, len({item.item_id for item in data.items}))
     trained = own_recipe(options, recipe)
     if trained is None:
+        guess = f"as after learning rates of {TOTAL_LEARNING_RATE} in all" if metric == "adamw" else "by 0.1 tr(H)/k"
         message(
             f"how the model was trained is not known: there is no {finetuning.RECIPE_FILE} beside it, and no --recipe; "
-            "scores will be damped by 0.1 tr(H)/k"
+            f"scores will be damped {guess}"
         )
-        return None
-    rows = keys.integers(("horizon", options.seed), BATCHES * ROWS, len(data.items)).reshape(BATCHES, ROWS)
-    batches = (
-        encoded(loaded.denoiser, decode(loaded.denoiser, part), [item.caption for item in part])
-        for part in ([data.items[i] for i in numbers] for numbers in rows)
-    )
-    return horizon_damping(loaded.denoiser, trained, batches, images=len(data.items), seed=options.seed)
+        if metric == "plain":
+            return options, {"scales": None, "damping": None}
+    items = sorted(data.items, key=lambda item: item.item_id)  # names and order of files change nothing
+    rows = keys.integers(("horizon", options.seed), horizon.BATCHES * horizon.ROWS, len(items))
+    batches = [
+        encoded(denoiser, decode(denoiser, part), [item.caption for item in part])
+        for part in ([items[i] for i in numbers] for numbers in rows.reshape(horizon.BATCHES, horizon.ROWS))
+    ]
+    size = horizon.ROWS if trained is None else trained.batch_size
+    v = horizon.second_moments(way(source, denoiser), batches, batch_size=size, seed=options.seed)
+    total = TOTAL_LEARNING_RATE if trained is None else trained.total_learning_rate(len(data.items))
+    if metric == "plain":
+        return options, {"scales": None, "damping": horizon.mean_along_gradients(v) / total}
+    scales = horizon.tensor_scales(v)
+    return replace(options, scales=scales), {"scales": scales, "damping": 1 / total}
 
 
 def _open_or_create(
@@ -256,7 +288,7 @@ def _open_or_create(
     source: dict[str, Any],
 ) -> Store:
     """Create the store, or open it to go on; in both cases the spec must be this one."""
-    wanted, rate = curvature_budget(loaded, options, data, curvature_rows)
+    wanted, rate = curvature_budget(options, data, curvature_rows)
     # The rate belongs to the store: images that are added later do not change the rows of those already there.
     if (path / "store.json").exists():
         rate = store.open_store(path).build.get("curvature_rate", rate)

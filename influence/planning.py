@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from influence import diffusion, features, loading, pipeline, shards, taking
+from influence import diffusion, features, horizon, loading, pipeline, shards, taking
 from influence import items as tables
 from influence.features import Recipe
-from influence.horizon import BATCHES, ROWS
 from influence.memory import peak
 from influence.progress import Message, Progress, silent
 from influence.waypoints import base_is_known
@@ -73,20 +72,24 @@ def plan(
     for name in ("store", "workers"):
         options.pop(name, None)
     start = time.perf_counter()
+    metric = options.pop("metric", horizon.METRICS[0])
     chosen = loading.BuildOptions(str(dataset), str(model), None if lora is None else str(lora), **options)
-    loaded = loading.load(chosen, message)
-    data = pipeline.read(dataset, loaded.denoiser, creator_column, progress, message)
+    denoiser = loading.network(chosen)
+    data = pipeline.read(dataset, denoiser, creator_column, progress, message)
+    chosen = loading.with_dim(chosen, denoiser, len({item.item_id for item in data.items}))
+    loaded = loading.prepared(denoiser, chosen, message)
     others = None
     if controls is not None:
         members = {item.item_id for item in data.items}
-        others = pipeline.read_controls(controls, loaded.denoiser, creator_column, members, message)
-    _, rate = pipeline.curvature_budget(loaded, chosen, data, curvature_rows)
+        others = pipeline.read_controls(controls, denoiser, creator_column, members, message)
+    _, rate = pipeline.curvature_budget(chosen, data, curvature_rows)
     setup = time.perf_counter() - start
-    source = pipeline.source_of(chosen, base, creator_column, loaded)
-    kept = pipeline.COPIES * pipeline.shard_bytes(loaded, chosen, data, rate) + pipeline.waypoint_bytes(source, loaded)
+    source = pipeline.source_of(chosen, base, creator_column, denoiser)
+    kept = pipeline.COPIES * pipeline.shard_bytes(loaded, chosen, data, rate)
+    kept += pipeline.waypoint_bytes(source, denoiser)
     if memory is not None:
         loaded, chosen = loading.within_memory(loaded, chosen, memory, kept, message)
-    denoiser, k = loaded.denoiser, loaded.spec.dim
+    k = loaded.spec.dim
     recipe = replace(loaded.recipe, curvature_rate=rate)
 
     rows: dict[Shape, float] = {}
@@ -133,8 +136,9 @@ def plan(
         work()  # … and the second is the price
         per_row = (time.perf_counter() - start) / (shape[1] * shape[2])
         seconds += per_row * sum(count for s, count in rows.items() if s[0] == curvature)
-        if not curvature and pipeline.own_recipe(chosen, recipe_file) is not None:
-            seconds += per_row * BATCHES * ROWS  # at least: a plain pass, without features
+        if not curvature and (metric == "adamw" or pipeline.own_recipe(chosen, recipe_file) is not None):
+            points = 3 if base_is_known(source) else 1
+            seconds += per_row * points * horizon.BATCHES * horizon.ROWS  # about: a plain pass, without features
     return {
         "images": sizes[0],
         "controls": sizes[1],

@@ -1,7 +1,8 @@
-"""Random projections g ↦ P g with E[PᵀP] = I, applied parameter by parameter, so that no gradient is held whole.
+"""Random projections g ↦ P W g with E[PᵀP] = I, applied parameter by parameter, so that no gradient is held whole.
 
 P is keyed by (seed, parameter name, shape): adding or removing another parameter leaves a parameter's part of P as it
-was. All integers are made on the host by `keys`, so a CPU and a GPU use the same P.
+was. All integers are made on the host by `keys`, so a CPU and a GPU use the same P. W is one number for each parameter
+tensor, 1 unless `scales` says otherwise: the metric that gradients are compared in (`horizon.py`).
 """
 
 import math
@@ -16,6 +17,7 @@ from influence import keys
 from influence.errors import OptionError
 
 Shapes = Mapping[str, tuple[int, ...]]
+Scales = Mapping[str, float] | None
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,14 @@ class Projection:
     dim: int
     """k, the number of entries of a feature."""
     add: Callable[[Float[Tensor, "rows k"], str, Float[Tensor, "rows p"]], None]
-    """`add(out, name, grads)`: out += grads · P_nameᵀ, in place."""
+    """`add(out, name, grads)`: out += grads · (P_name W_name)ᵀ, in place."""
 
 
-def countsketch(shapes: Shapes, *, dim: int, seed: int, device: torch.device) -> Projection:
+def _scale(scales: Scales, name: str) -> float:
+    return 1.0 if scales is None else scales[name]
+
+
+def countsketch(shapes: Shapes, *, dim: int, seed: int, device: torch.device, scales: Scales = None) -> Projection:
     """CountSketch (Charikar et al., 2002) with shifted blocks: (P g)_c = Σ_{j: h(j) = c} s_j g_j.
 
     Entry j of a parameter lies in block b = ⌊j / k⌋ and falls into the bucket h(j) = (j + o_b) mod k, with a random
@@ -41,6 +47,7 @@ def countsketch(shapes: Shapes, *, dim: int, seed: int, device: torch.device) ->
         dim: k.
         seed: Key of P.
         device: Where gradients will be.
+        scales: W, by name.
     """
     add_blocks = _add_slices if device.type == "cpu" else _add_gathered
     tables = {}
@@ -52,26 +59,26 @@ def countsketch(shapes: Shapes, *, dim: int, seed: int, device: torch.device) ->
         tables[name] = signs, offsets if device.type == "cpu" else offsets.to(device)
 
     def add(out: Tensor, name: str, grads: Tensor) -> None:
-        add_blocks(out, grads, *tables[name])
+        add_blocks(out, grads, *tables[name], _scale(scales, name))
 
     return Projection(dim, add)
 
 
-def _add_slices(out: Tensor, grads: Tensor, signs: Tensor, offsets: Tensor) -> None:
+def _add_slices(out: Tensor, grads: Tensor, signs: Tensor, offsets: Tensor, scale: float) -> None:
     """Add block by block, each as two slices: the cheapest on a CPU, where a gather costs more than the arithmetic."""
     k, size = out.shape[1], grads.shape[1]
     for start, offset in zip(range(0, size, k), offsets.tolist(), strict=True):
         stop = min(start + k, size)
         split = min(start + k - offset, stop)  # first entry that wraps to bucket 0
-        out[:, offset : offset + split - start].addcmul_(grads[:, start:split], signs[start:split])
+        out[:, offset : offset + split - start].addcmul_(grads[:, start:split], signs[start:split], value=scale)
         if split < stop:
-            out[:, : stop - split].addcmul_(grads[:, split:stop], signs[split:stop])
+            out[:, : stop - split].addcmul_(grads[:, split:stop], signs[split:stop], value=scale)
 
 
 _GATHER_ENTRIES = 1 << 24
 
 
-def _add_gathered(out: Tensor, grads: Tensor, signs: Tensor, offsets: Tensor) -> None:
+def _add_gathered(out: Tensor, grads: Tensor, signs: Tensor, offsets: Tensor, scale: float) -> None:
     """Add many blocks at once: every bucket reads its entry of each block; deterministic, for there are no atomics."""
     (rows, k), size = out.shape, grads.shape[1]
     step = max(1, _GATHER_ENTRIES // (rows * k))  # blocks at a time, to bound memory
@@ -82,14 +89,14 @@ def _add_gathered(out: Tensor, grads: Tensor, signs: Tensor, offsets: Tensor) ->
         inside = index < size
         index = index.clamp(max=size - 1)
         signed = grads[:, index] * (signs[index] * inside)  # [rows, blocks, k]
-        out += signed.sum(1)
+        out.add_(signed.sum(1), alpha=scale)
 
 
 _BLOCK = 256
 _CACHE_BYTES = 1 << 30
 
 
-def rademacher(shapes: Shapes, *, dim: int, seed: int, device: torch.device) -> Projection:
+def rademacher(shapes: Shapes, *, dim: int, seed: int, device: torch.device, scales: Scales = None) -> Projection:
     """Dense P with independent entries ±1/√k (Achlioptas, 2003), made in blocks of 256 columns.
 
     Costs 2·p·k operations a row: for adapters, and as the plain standard that the sketch is compared with. The signs
@@ -110,12 +117,12 @@ def rademacher(shapes: Shapes, *, dim: int, seed: int, device: torch.device) -> 
                 signs = block(name, start)
                 if keep:
                     kept[name, start] = signs
-            out.addmm_(grads[:, start : start + _BLOCK], signs.to(out.dtype), alpha=dim**-0.5)
+            out.addmm_(grads[:, start : start + _BLOCK], signs.to(out.dtype), alpha=_scale(scales, name) * dim**-0.5)
 
     return Projection(dim, add)
 
 
-def identity(shapes: Shapes, *, dim: int, seed: int, device: torch.device) -> Projection:
+def identity(shapes: Shapes, *, dim: int, seed: int, device: torch.device, scales: Scales = None) -> Projection:
     """P = I: the gradient itself, parameters one after the other in the order of `shapes`; `seed` plays no part.
 
     Raises:
@@ -129,7 +136,7 @@ def identity(shapes: Shapes, *, dim: int, seed: int, device: torch.device) -> Pr
         raise OptionError(f"dim is {dim}, but the identity projection of these parameters has {total} entries")
 
     def add(out: Tensor, name: str, grads: Tensor) -> None:
-        out[:, starts[name] : starts[name] + grads.shape[1]] += grads
+        out[:, starts[name] : starts[name] + grads.shape[1]].add_(grads, alpha=_scale(scales, name))
 
     return Projection(dim, add)
 

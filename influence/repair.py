@@ -102,7 +102,7 @@ def _model_of(
     if family not in ("base", "late"):
         return loaded
     moved = {"model": model if made.source["lora"] else None, "lora": lora}
-    before = load_base(made.source, made.spec, None, loaded.device, **moved)
+    before = load_base(made.source, loaded.denoiser, None, loaded.device, **moved)
     if before is None:
         raise StoreError(f"store {made.path.name} does not say where its model was before the fine-tune")
     return waypoint(family, loaded, before)

@@ -104,10 +104,11 @@ class Estimator:
     """Whether it says anything of influence; the others are baselines, and do not ask whether the model made it."""
 
 
-DEFAULT_ESTIMATOR = "gated_group_sum"
+DEFAULT_ESTIMATOR = "group_sum"
+"""The one nearest to exact Shapley shares (`paper/calibration.py`). It asks not who is above chance: verdicts do."""
 ESTIMATORS: dict[str, Estimator] = {
-    "gated_group_sum": Estimator("a_g T_g⁺ / Σ_h T_h⁺,  a_g = [q_g ≤ 0.1 against controls]", _gated_group_sum),
     "group_sum": Estimator("T_g⁺ / Σ_h T_h⁺", _group_sum),
+    "gated_group_sum": Estimator("a_g T_g⁺ / Σ_h T_h⁺,  a_g = [q_g ≤ 0.1 against controls]", _gated_group_sum),
     "end_group_sum": Estimator("E_g⁺ / Σ_h E_h⁺,  E the total at the end of the fine-tune", _end_group_sum),
     "shrunk": Estimator("ρ T_g⁺ / Σ_h T_h⁺ + (1 − ρ) n_g / Σ_h n_h,  ρ the reliability of the totals", _shrunk),
     "shapley": Estimator("φ_g⁺ / Σ_h φ_h⁺,  φ exact, of retrained coalitions (Wang et al., 2024)", _shapley),

@@ -133,7 +133,6 @@ def preconditioned(
     asked: Queries,
     factored: Curvature | None,
     num_train: float,
-    late: float,
     intervals: bool,
 ) -> tuple[Float64[torch.Tensor, "query k"], Float64[torch.Tensor, "batches query k"]]:
     """V, and V with one batch of the query's draws in place of all, by one solve; no batches without intervals."""
@@ -142,7 +141,7 @@ def preconditioned(
     if method.cosine:
         v = scoring.precondition(method, phi, factored, num_train)
         return v, rows[1:].double() / phi.double().norm(dim=1)[:, None]
-    found = scoring.precondition(method, rows.flatten(0, 1), factored, num_train, late).unflatten(0, rows.shape[:2])
+    found = scoring.precondition(method, rows.flatten(0, 1), factored, num_train).unflatten(0, rows.shape[:2])
     return found[0], found[1:]
 
 

@@ -26,9 +26,11 @@ class Method:
     family: str = "loss"
     """Which features of the store: of the `loss`, or of the `square` output."""
     beside: str | None = None
-    """A second family: `base`, whose mean with the first is taken, or `late`, whose scores are added."""
+    """A second family: `base`, whose mean with the first is taken, or `late`, of half of the steps."""
     curvature: str | None = None
     """Rows that make H: `psi` (curvature rows), `phi` (the features themselves), or `None` for no H."""
+    steps: int = 1
+    """Into how many implicit steps the fine-tune is divided: each has that many times the λ of all."""
     cosine: bool = False
     """Whether features are scaled to unit length."""
 
@@ -38,13 +40,17 @@ METHODS: dict[str, Method] = {
     "gauss-newton": Method("τ = (1/N) φ_qᵀ (H + λI)⁻¹ φ_i,  H = (1/R) Σ ψψᵀ", curvature="psi"),
     # The way from the base to the fine-tune, by the trapezoidal rule; see ARCHITECTURE.md.
     "path": Method(
-        "τ = (1/N) φ̄_qᵀ (H + λI)⁻¹ φ̄_i,  φ̄ the mean of φ under base and fine-tune", curvature="psi", beside="base"
+        "τ = (1/N) φ̄_qᵀ (H + 2λI)⁻¹ φ̄_i,  φ̄ the mean of φ under base and fine-tune",
+        curvature="psi",
+        beside="base",
+        steps=2,  # its totals stand beside those of `two-point`: they share a factor
     ),
-    # Scores at the end and at ¾ of the way from the base, each in proportion to its usual size.
+    # Two implicit Euler steps of the fine-tune in place of one; see ARCHITECTURE.md.
     "two-point": Method(
-        "τ = (1/2N) (φ_qᵀ (H + λI)⁻¹ φ_i + c φ′_qᵀ (H + λI)⁻¹ φ′_i),  φ′ of weights ¼ base + ¾ fine-tune",
+        "τ = (1/N) (φ_qᵀ C⁻¹ φ_i + 2λ φ′_qᵀ C⁻² φ′_i),  C = H + 2λI,  φ′ of weights ¼ base + ¾ fine-tune",
         curvature="psi",
         beside="late",
+        steps=2,
     ),
     # Park et al. (2023), one checkpoint, without the loss weights Q.
     "trak": Method("τ = φ_qᵀ (ΦᵀΦ + λI)⁻¹ φ_i", curvature="phi"),
@@ -61,19 +67,17 @@ def precondition(
     phi_q: Float[Tensor, "query k"],
     curvature: Curvature | None,
     num_train: float,
-    late: float = 1.0,
 ) -> Float64[Tensor, "query k"]:
     """v, so that τ = v · φ_i (for cosines: v · φ_i / ‖φ_i‖); features of two points stand one behind the other.
 
-    For TRAK (ΦᵀΦ + λ′I)⁻¹ = (1/N) (H + λI)⁻¹ with H = ΦᵀΦ/N and λ′ = Nλ: both kinds share the factor 1/N. `late` is c
-    of `two-point`.
+    For TRAK (ΦᵀΦ + λ′I)⁻¹ = (1/N) (H + λI)⁻¹ with H = ΦᵀΦ/N and λ′ = Nλ: both kinds share the factor 1/N.
 
     Raises:
         OptionError: The cosine of a query without gradient is wanted.
     """
     if curvature is not None and method.beside == "late":
-        end, before = (solve(curvature, part) / (2 * num_train) for part in phi_q.chunk(2, dim=1))
-        return torch.cat([end, late * before], dim=1)
+        end, before = solve(curvature, torch.cat(phi_q.chunk(2, dim=1))).chunk(2)
+        return torch.cat([end, curvature.damping * solve(curvature, before)], dim=1) / num_train
     if curvature is not None:
         return solve(curvature, phi_q) / num_train
     v = phi_q.double()

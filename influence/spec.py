@@ -9,7 +9,7 @@ from typing import Any
 
 from influence.errors import SpecMismatchError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class FeatureSpec:
     """Key of P and of every draw."""
     dtype: str
     """Precision of the forward and backward passes: `fp32` or `bf16`."""
+    metric: str = "plain"
+    """SHA-256 of W, by which the gradient of each parameter is multiplied (`horizon.py`); `plain` for none."""
     output: str = "loss"
     """What is differentiated: `loss` (the training loss) or `square` (mean f², for D-TRAK)."""
     format: int = FORMAT

@@ -72,7 +72,7 @@ SCHEMA: dict[str, Schema] = {
         Field("max_similarity_item", "string", "", "which; see items", True),
         Field("similarity_metric", "string", "", "how likeness was measured", True),
         Field("reliability", "number", "0 to 1", "part of the variance of creators' totals that is not error of draws"),
-        Field("unattributed_share", "number", "fraction", "of the fine-tune's part, credited to nobody", True),
+        Field("unattributed_share", "number", "fraction", "by gated_group_sum: of creators no more than chance"),
         Field("base_model_share", "number", "fraction", "1 if the fine-tune does not explain the picture", True),
     ), ("query_id",), (("max_similarity_item", "items", "item_id"),)),
     "attributions": Schema("Scores of training images", (

@@ -1,7 +1,7 @@
 """Models on the way of a fine-tune: its base, its end, and the point between them that `two-point` asks as well."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,10 @@ from influence import models
 from influence.errors import OptionError
 from influence.loading import Loaded
 from influence.models import Denoiser
-from influence.spec import FeatureSpec
 
 LATE = 0.75
-"""The second point of `two-point`, as a part of the way from the base to the fine-tune."""
+"""The second point of `two-point`, as a part of the way from the base to the fine-tune: where half of the steps have
+brought it, since they slow down."""
 
 
 def base_is_known(source: Mapping[str, Any]) -> bool:
@@ -28,7 +28,7 @@ def default_method(source: Mapping[str, Any]) -> str:
 
 def load_base(
     source: Mapping[str, Any],
-    spec: FeatureSpec,
+    finetuned: Denoiser,
     base: str | os.PathLike[str] | None,
     device: str,
     *,
@@ -42,7 +42,7 @@ def load_base(
 
     Args:
         source: Where the store's fine-tuned model came from.
-        spec: What identifies the store's features.
+        finetuned: The model after the fine-tune.
         base: Where the base is; by default as the store says.
         device: Where to put it.
         model: Where the model that a LoRA was put on is now, if it was moved.
@@ -64,11 +64,13 @@ def load_base(
         found = models.load_denoiser(Path(path), **options)
     else:
         return None
-    known = spec.model if source["lora"] is not None else source.get("base_model")
+    known = finetuned.identity["model"] if source["lora"] is not None else source.get("base_model")
     if known is not None and found.identity["model"] != known:
         raise OptionError(f"the base at {path or source['model']} is not the one that the store was built with")
-    here = (found.identity["schedule"], found.schedule.prediction, tuple(found.sample_shape), found.conditional)
-    there = (spec.schedule, spec.prediction, tuple(spec.sample_shape), spec.conditional)
+    here, there = (
+        (each.identity["schedule"], each.schedule.prediction, tuple(each.sample_shape), each.conditional)
+        for each in (found, finetuned)
+    )
     for name, a, b in zip(("schedule", "prediction", "sample shape", "captions"), here, there, strict=True):
         if a != b:
             raise OptionError(
@@ -101,3 +103,20 @@ def waypoint(family: str, loaded: Loaded, base: Denoiser) -> Loaded:
     """
     found = base if family == "base" else models.between(base, loaded.denoiser, LATE)
     return Loaded(found, loaded.spec, replace(loaded.recipe, parameters=found.parameters))
+
+
+def way(source: Mapping[str, Any], finetuned: Denoiser) -> Iterator[tuple[float, Denoiser]]:
+    """Models on the way of a fine-tune, and the part of its steps that each stands for, by the trapezoidal rule.
+
+    The end alone, if the base is not known. Models are loaded as they are asked for, one beside the fine-tuned one.
+    """
+    if not base_is_known(source):
+        yield 1.0, finetuned
+        return
+    device = str(next(iter(finetuned.parameters.values())).device)
+    base = load_base(source, finetuned, None, device)
+    assert base is not None
+    yield 0.25, base
+    yield 0.5, models.between(base, finetuned, LATE)
+    del base
+    yield 0.25, finetuned

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from comparison import DIM, DRAWS, Side, Subject, halves, horizon
+from comparison import DIM, DRAWS, TIMES, Side, Subject, at_end, curvature_rows, halves, inverses
 from ground_truth import PAPER
 
 from influence import diffusion, finetuning, keys, metrics
 from influence.curvature import Curvature, curvature, solve
 from influence.gradients import Inputs, Output
+from influence.horizon import mean_along_gradients
 
 Line = tuple[str, str, np.ndarray]
 CHECKPOINTS = (0.5, 0.75)
@@ -34,6 +35,8 @@ def folded(rows: np.ndarray, dim: int) -> np.ndarray:
 
 def inverse(psi: np.ndarray, lam: float) -> Curvature:
     """H + λI of curvature rows, factored."""
+    if len(psi) < psi.shape[1]:
+        return next(inverses(psi, [lam]))
     blocks = [
         (psi[first : first + 2000], np.ones(len(psi[first : first + 2000]))) for first in range(0, len(psi), 2000)
     ]
@@ -61,8 +64,20 @@ def independent(subject: Subject, side: Side, draws: int) -> np.ndarray:
             (diffusion.target(schedule, clean, t, eps), diffusion.weight(schedule, t)),
             draws,
         )
-        rows.append(subject.projected(inputs, output, subject.sketch)[0].numpy())
+        rows.append(subject.projected(inputs, output, subject.metric)[0].numpy())
     return np.stack(rows)
+
+
+def plain(subject: Subject) -> np.ndarray:
+    """Scores of gradients as they are: D is one number for all parameters."""
+
+    def rows() -> np.ndarray:
+        return subject.phi(subject.train, "loss", 0, subject.sketch, float(DRAWS), psi="plain-psi")
+
+    train = subject.kept("plain-train", rows)
+    psi = np.load(subject.folder / "plain-psi.npy", mmap_mode="r")
+    lam = mean_along_gradients(subject.second_moments()) * subject.lam
+    return scores(subject.mean_phi(subject.query, "loss"), np.asarray(train), inverse(psi, lam))
 
 
 def checkpoints(subject: Subject) -> dict[float, tuple[np.ndarray, np.ndarray]]:
@@ -94,7 +109,7 @@ def checkpoints(subject: Subject) -> dict[float, tuple[np.ndarray, np.ndarray]]:
         for part, names in named.items():
             finetuning.set_weights(subject.denoiser, kept[part])
             for name, side in zip(names, sides, strict=True):
-                subject.kept(name, lambda side=side: subject.phi(side, "loss", 3, subject.sketch))
+                subject.kept(name, lambda side=side: subject.phi(side, "loss", 3, subject.metric))
         finetuning.set_weights(subject.denoiser, end)
     query, train = ([np.load(subject.folder / f"{names[i]}.npy") for names in named.values()] for i in (0, 1))
     return dict(zip(named, zip(query, train, strict=True), strict=True))
@@ -103,26 +118,26 @@ def checkpoints(subject: Subject) -> dict[float, tuple[np.ndarray, np.ndarray]]:
 def lines(subject: Subject) -> Iterator[Line]:
     """What is changed, to what, and the scores."""
     n, draws = len(subject.train.ids), DRAWS
-    both = np.load(subject.folder / "loss-and-curvature.npy", mmap_mode="r")
-    train, psi = np.asarray(both[:n]), np.asarray(both[n:])
-    item = np.repeat(np.arange(n), draws)
-    if len(psi) != len(item):
-        raise SystemExit(f"there are {len(psi)} curvature rows; expected {draws} for each of {n} images")
-    query = [np.load(subject.folder / f"loss-query-{seed}.npy") for seed in (0, 1)]
-    mean = (query[0] + query[1]) / 2
-    lam = float(subject.kept("horizon", lambda: np.array(horizon(subject))))
-    unit = float((psi.astype(np.float64) ** 2).sum() / len(psi)) / DIM
+    train, psi = curvature_rows(subject)
+    train, item = np.asarray(train), np.repeat(np.arange(n), draws)
+    query = [np.asarray(at_end(subject, seed)) for seed in (0, 1)]
+    mean, lam = (query[0] + query[1]) / 2, subject.lam
+    unit = float((np.asarray(psi, np.float64) ** 2).sum() / len(psi)) / DIM
     h = inverse(psi, lam)
     yield "default", f"k = {DIM}, {len(psi)} rows, λ = {lam / unit:.2g} tr(H)/k", scores(mean, train, h)
+    yield "way", "two steps", np.load(subject.folder / "scores-two-point.npy")[TIMES.index(1.0)]
+    yield "metric", "plain, with a λ of its own", plain(subject)
     for dim in (DIM // 2, DIM // 4, DIM // 8):
         yield "k", str(dim), scores(folded(mean, dim), folded(train, dim), inverse(folded(psi, dim), lam))
     for every in (2, 4, 10, 40):
-        kept = psi[np.arange(len(psi)) % draws % every == (item % every)]
+        kept = np.asarray(psi)[np.arange(len(psi)) % draws % every == (item % every)]
         yield "curvature rows of an image", str(draws // every), scores(mean, train, inverse(kept, lam))
-    averaged = psi.reshape(n, draws, -1).mean(1) * draws**0.5
+    averaged = np.asarray(psi).reshape(n, draws, -1).mean(1) * draws**0.5
     yield "curvature rows of an image", f"{draws} averaged into 1", scores(mean, train, inverse(averaged, lam))
-    for times in (0.1, 0.3, 3.0, 10.0):
-        yield "λ", f"{times:g} × the default", scores(mean, train, inverse(psi, times * lam))
+    for name, what in (("gauss-newton", "λ"), ("two-point", "λ, two steps")):
+        for times, tau in zip(TIMES, np.load(subject.folder / f"scores-{name}.npy"), strict=True):
+            if times != 1:
+                yield what, f"{times:g} × the default", tau
     late = checkpoints(subject)
     each = [scores(mean, train, h), *(scores(*features, h) for features in late.values())]
     yield "checkpoints", "scores at ½, ¾ and the end, averaged", sum(each) / len(each)
@@ -130,13 +145,14 @@ def lines(subject: Subject) -> Iterator[Line]:
     yield "checkpoints", "features at ½, ¾ and the end, averaged", scores(query_mean, train_mean, h)
     for part, tau in zip(late, each[1:], strict=True):
         yield "checkpoints", f"at {part:g} of the steps alone", tau
-    more = (np.load(subject.folder / "loss-train-0.npy") + np.load(subject.folder / "loss-train-1.npy")) / 2
+    again = subject.kept("metric-train-1", lambda: subject.phi(subject.train, "loss", 1, subject.metric))
+    more = (train + np.asarray(again)) / 2
     yield "draws of an image", str(2 * draws), scores(mean, more, h)
     yield "draws of a query", "128", scores(query[0], train, h)
-    plain = subject.kept("independent-query", lambda: independent(subject, subject.query, subject.query.draws))
-    yield "draws of a query", "128, not stratified, not antithetic", scores(np.asarray(plain), train, h)
-    plain = subject.kept("independent-train", lambda: independent(subject, subject.train, draws))
-    yield "draws of an image", f"{draws}, not stratified, not antithetic", scores(mean, np.asarray(plain), h)
+    loose = subject.kept("independent-query", lambda: independent(subject, subject.query, subject.query.draws))
+    yield "draws of a query", "128, not stratified, not antithetic", scores(np.asarray(loose), train, h)
+    loose = subject.kept("independent-train", lambda: independent(subject, subject.train, draws))
+    yield "draws of an image", f"{draws}, not stratified, not antithetic", scores(mean, np.asarray(loose), h)
 
 
 def main() -> None:

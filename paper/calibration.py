@@ -30,6 +30,7 @@ import influence
 from influence import attribution, derived, keys, metrics, pipeline, scoring, significance, taking, typefaces, waypoints
 from influence.evaluation import kept_shapley
 from influence.queries import read_queries
+from influence.royalties import BASE_MODEL
 from influence.scored import Scored
 
 PAPER = Path(__file__).parent
@@ -177,7 +178,7 @@ def coverage(made: influence.Store, asked: pd.DataFrame, scored: Scored, count: 
     loaded, name = scored.loaded, scored.table.attrs["method"]
     method = influence.METHODS[name]
     assert method.beside in (None, "late")
-    before = waypoints.load_base(made.source, made.spec, None, "cpu")
+    before = waypoints.load_base(made.source, loaded.denoiser, None, "cpu")
     points = [loaded] if method.beside is None else [loaded, waypoints.waypoint("late", loaded, before)]
     picked = asked.iloc[np.linspace(0, len(asked) - 1, count).round().astype(int)]
     paths, prompts = picked["path"].tolist(), picked["caption"].tolist()
@@ -191,9 +192,8 @@ def coverage(made: influence.Store, asked: pd.DataFrame, scored: Scored, count: 
         train = replace(point.recipe, role="train", num_draws=MORE * made.build["draws"], curvature_rate=0.0)
         phi.append(np.concatenate([taking.take(point.denoiser, train, [item]).phi for item in items]))
     factored = derived.solver(made, method, None)
-    scale = derived.late_scale(made, method, None, factored)
     asked_exactly, phi = torch.from_numpy(np.concatenate(exact, 1)), np.concatenate(phi, 1)
-    v = scoring.precondition(method, asked_exactly, factored, float(len(made.items)), scale).numpy()
+    v = scoring.precondition(method, asked_exactly, factored, float(len(made.items))).numpy()
     values = pd.DataFrame(v @ phi.astype(float).T, index=picked["path"], columns=[item.item_id for item in items])
     table = scored.table[scored.table["query"].isin(picked["path"]) & scored.table["item_id"].isin(values.columns)]
     true = np.array([values.loc[row.query, row.item_id] for row in table.itertuples()])
@@ -202,15 +202,21 @@ def coverage(made: influence.Store, asked: pd.DataFrame, scored: Scored, count: 
 
 
 def distances(made: influence.Answers, name: str, asked: pd.DataFrame) -> pd.DataFrame:
-    """Total variation between the shares of each estimator and exact Shapley shares, by kind of query."""
+    """Total variation between the shares of each estimator and exact Shapley shares, by kind of query.
+
+    Exact Shapley values add up to what the fine-tune gained on the picture, retrained: where that is not above 0 there
+    is nothing to divide, and the exact share of the base model is all.
+    """
     ids, exact = kept_shapley(PAPER / "truth" / name)
     shares = made.shares.merge(made.contributors[["contributor_id", "name"]], on="contributor_id")
     kinds = dict(zip(made.queries["query_id"], asked["kind"], strict=True))
     found = []
     for (query, estimator), part in shares[shares["query_id"] != "ALL"].groupby(["query_id", "estimator"]):
         mine = part.set_index("name")["share"]
-        values = pd.Series({owner: value[ids.index(query)] for owner, value in exact.items()}).clip(lower=0)
-        target = values / values.sum() if values.sum() > 0 else values
+        values = pd.Series({owner: value[ids.index(query)] for owner, value in exact.items()})
+        target = pd.Series({BASE_MODEL: 1.0})
+        if values.sum() > 0:
+            target = values.clip(lower=0) / values.clip(lower=0).sum()
         everyone = sorted(set(mine.index) | set(target.index))
         gap = (mine.reindex(everyone).fillna(0) - target.reindex(everyone).fillna(0)).abs().sum() / 2
         found.append((kinds[query], estimator, gap))

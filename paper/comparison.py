@@ -2,15 +2,15 @@
 
     python paper/comparison.py emoji --work work/emoji
 
-Features are kept in the work folder. Every method has 80 backward passes for each training image and 256 for each
-query. LDS ×100 is given at the method's own best damping on all halves (an oracle), and at the damping that is best on
-one half of the masks, scored on the other, both ways round. The default has neither: its damping is that of the
-fine-tune's own steps (`influence/horizon.py`).
+Features are kept in the work folder (about 3 GB). Every method has 80 backward passes for each training image and 256
+for each query; all that project have the same k. LDS ×100 is given at the method's own best damping on all halves (an
+oracle), and at the damping that is best on one half of the masks, scored on the other, both ways round. The defaults
+have neither: their metric and damping are those of the fine-tune's own steps (`influence/horizon.py`).
 """
 
 import argparse
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,15 +20,16 @@ import torch
 from ekfac import Ekfac
 from ground_truth import PAPER, prepare
 
-from influence import diffusion, evaluation, features, finetuning, gradients, keys, metrics, models, retraining
-from influence.curvature import curvature, solve
+from influence import diffusion, evaluation, features, finetuning, gradients, horizon, keys, metrics, models, retraining
+from influence.curvature import Curvature, curvature, solve
 from influence.features import Recipe
 from influence.gradients import Inputs, Output
-from influence.horizon import BATCHES, ROWS, horizon_damping
+from influence.models import Denoiser
 from influence.projection import PROJECTIONS, Projection
 from influence.waypoints import LATE
 
-DIM, DRAWS, QUERY_DRAWS = 8192, 40, 128
+DIM, DRAWS, QUERY_DRAWS = 32768, 40, 128
+TIMES = (0.1, 0.3, 1.0, 3.0, 10.0)  # λ of our own methods, in units of the default
 DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 RHOS = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
 DEFAULT, TWO_POINT = "gauss-newton, default", "two-point, default"
@@ -66,6 +67,36 @@ class Subject:
         self.sketch = PROJECTIONS["countsketch"](self.shapes, dim=DIM, seed=0, device=torch.device("cpu"))
         self.identity = PROJECTIONS["identity"](self.shapes, dim=self.size, seed=0, device=torch.device("cpu"))
 
+        self.scales = self._scales()
+        self.metric = PROJECTIONS["countsketch"](
+            self.shapes, dim=DIM, seed=0, device=torch.device("cpu"), scales=self.scales
+        )
+        self.lam = 1 / truth.recipe.total_learning_rate(len(truth.items))
+
+    def second_moments(self) -> dict[str, torch.Tensor]:
+        """Of the gradients along the fine-tune, as a build takes them."""
+        train = self.train
+        rows = keys.integers(("horizon", 0), horizon.BATCHES * horizon.ROWS, len(train.ids))
+        batches = [
+            (train.x0[part], None if train.cond is None else train.cond[part])
+            for part in rows.reshape(horizon.BATCHES, horizon.ROWS)
+        ]
+        size = self.truth.recipe.batch_size
+        return horizon.second_moments(self._way(), batches, batch_size=size, seed=0)
+
+    def _scales(self) -> dict[str, float]:
+        """The metric of the fine-tune's own steps."""
+
+        def make() -> np.ndarray:
+            return np.array(list(horizon.tensor_scales(self.second_moments()).values()))
+
+        return dict(zip(self.shapes, self.kept("scales", make).tolist(), strict=True))
+
+    def _way(self) -> Iterator[tuple[float, Denoiser]]:
+        for part, s in ((0.25, 0.0), (0.5, LATE), (0.25, 1.0)):
+            with moved(self, s):
+                yield part, self.denoiser
+
     def kept(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
         """An array of the folder, made if it is missing."""
         file = self.folder / f"{name}.npy"
@@ -90,20 +121,32 @@ class Subject:
             self.denoiser.network, self.denoiser.parameters, inputs, [output], projection, engine="hooks"
         )[0].features
 
-    def phi(self, side: Side, output: str, seed: int, projection: Projection, rate: float = 0.0) -> np.ndarray:
-        """φ of all images, or their curvature rows ψ after it, as the library takes them."""
+    def phi(
+        self, side: Side, output: str, seed: int, projection: Projection, rate: float = 0.0, psi: str | None = None
+    ) -> np.ndarray:
+        """φ of all images as the library takes them; curvature rows go to an array of the folder."""
         recipe = Recipe(
             self.denoiser.schedule, self.denoiser.parameters, projection, seed, side.role, side.draws, rate,
             output, bf16=False, engine="hooks", batch_size=64,
         )  # fmt: skip
-        phi, psi = [], []
+        count = len(side.ids) * side.draws if psi is not None else 0
+        rows = (
+            np.lib.format.open_memmap(self.folder / f"{psi}.npy", "w+", np.float32, (count, projection.dim))
+            if count
+            else None
+        )
+        phi, done = [], 0
         for first in range(0, len(side.ids), 8):
             part = slice(first, first + 8)
             cond = None if side.cond is None else side.cond[part]
             taken = features.features(self.denoiser.network, recipe, side.ids[part], side.x0[part], cond)
             phi.append(taken.phi)
-            psi.append(taken.psi)
-        return np.concatenate(phi + psi)
+            if rows is not None:
+                rows[done : done + len(taken.psi)] = taken.psi
+                done += len(taken.psi)
+        if done != count:
+            raise SystemExit(f"there are {done} curvature rows; expected {count}")
+        return np.concatenate(phi)
 
     def mean_phi(self, side: Side, output: str) -> np.ndarray:
         """Mean over the draws of two seeds."""
@@ -139,82 +182,91 @@ def halves(truth: retraining.Truth) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return masks, by_seed, np.array([query.kind for query in truth.queries])
 
 
-def preconditioned(
-    query: np.ndarray, train: np.ndarray, rows: np.ndarray, lam: float | None = None
-) -> dict[float, Scores]:
-    """φ_qᵀ (H + λI)⁻¹ φ_i / N with H of the rows, at every damping or at one λ; H is summed once."""
+def preconditioned(query: np.ndarray, train: np.ndarray) -> dict[float, Scores]:
+    """φ_qᵀ (H + λI)⁻¹ φ_i / N with H of the training features themselves, at every damping."""
     q, t = torch.tensor(query).double(), torch.tensor(train).double()
+    blocks = [(np.array(train), np.ones(len(train)))]
     result = {}
-    if len(rows) < DIM:
-        for damping in DAMPINGS:
-            blocks = [(np.array(rows), np.ones(len(rows)))]
-            factored = curvature(blocks, dim=DIM, damping=damping, num_rows=len(rows))
-            result[damping] = (solve(factored, q) @ t.T).numpy() / len(train)
-        return result
-    h = torch.zeros(DIM, DIM, dtype=torch.float64)
-    for first in range(0, len(rows), 2000):
-        part = torch.tensor(rows[first : first + 2000])
-        h += part.T @ part
-    h /= len(rows)
-    trace = float(h.trace())
-    for damping in DAMPINGS if lam is None else (lam / trace * DIM,):
-        damped = h.clone()
-        damped.diagonal().add_(damping * trace / DIM)
-        result[damping] = (torch.cholesky_solve(q.T, torch.linalg.cholesky(damped)).T @ t.T).numpy() / len(train)
+    for damping in DAMPINGS:
+        factored = curvature(blocks, dim=DIM, damping=damping, num_rows=len(train))
+        result[damping] = (solve(factored, q) @ t.T).numpy() / len(train)
     return result
 
 
-def horizon(subject: Subject) -> float:
-    """λ of the fine-tune's own steps, as a build takes it."""
-    train = subject.train
-    rows = keys.integers(("horizon", 0), BATCHES * ROWS, len(train.ids)).reshape(BATCHES, ROWS)
-    batches = ((train.x0[part], None if train.cond is None else train.cond[part]) for part in rows)
-    return horizon_damping(subject.denoiser, subject.truth.recipe, batches, images=len(train.ids), seed=0)
+def inverses(psi: np.ndarray, dampings: Sequence[float]) -> Iterator[Curvature]:
+    """H + λI of curvature rows, factored, for every λ; ΨΨᵀ is summed once."""
+    rows = torch.tensor(np.asarray(psi))
+    gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    for start in range(0, rows.shape[1], 4096):
+        columns = rows[:, start : start + 4096]
+        gram += columns @ columns.T
+    unit = float(gram.trace()) / len(rows) / rows.shape[1]
+    for lam in dampings:
+        damped = gram.clone()
+        damped.diagonal().add_(len(rows) * lam)
+        yield Curvature(torch.linalg.cholesky(damped), lam, len(rows), unit, rows)
 
 
-def gauss_newton(subject: Subject, lam: float | None = None) -> dict[float, Scores]:
-    """40 draws, and a curvature row for each."""
-    n = len(subject.train.ids)
-    both = subject.kept(
-        "loss-and-curvature", lambda: subject.phi(subject.train, "loss", 0, subject.sketch, float(DRAWS))
+def curvature_rows(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
+    """φ of 40 draws of each image in the metric, and ψ, a row for each."""
+    side = subject.train
+    phi = subject.kept(
+        "metric-train", lambda: subject.phi(side, "loss", 0, subject.metric, float(DRAWS), psi="metric-psi")
     )
-    return preconditioned(subject.mean_phi(subject.query, "loss"), both[:n], both[n:], lam)
+    return phi, np.load(subject.folder / "metric-psi.npy", mmap_mode="r")
 
 
-def two_point(subject: Subject, lam: float) -> Scores:
-    """Half of the draws at the end, half at ¾ of the way; a curvature row for each of 40 draws."""
-    n = len(subject.train.ids)
-    psi = np.load(subject.folder / "loss-and-curvature.npy", mmap_mode="r")[n:]
-    sides = (replace(subject.train, draws=DRAWS // 2), subject.query)  # 128 draws of a query at each point
+def at_end(subject: Subject, seed: int) -> np.ndarray:
+    """φ of the queries at the end, in the metric."""
+    name = f"metric-query-{seed}"
+    return subject.kept(name, lambda: subject.phi(subject.query, "loss", seed, subject.metric))
+
+
+def two_points(subject: Subject) -> list[np.ndarray]:
+    """φ of queries and images at the end and at ¾ of the way: 20 draws of an image and 128 of a query at each."""
+    sides = (subject.query, replace(subject.train, draws=DRAWS // 2))
     end = [
-        subject.kept(name, lambda s=side: subject.phi(s, "loss", 0, subject.sketch))
-        for name, side in zip(("half-train", "loss-query-0"), sides, strict=True)
+        at_end(subject, 0),
+        subject.kept("metric-half", lambda: subject.phi(sides[1], "loss", 0, subject.metric)),
     ]
-    if not all((subject.folder / f"late-{side.role}.npy").exists() for side in sides):
+    names = [f"metric-late-{side.role}" for side in sides]
+    if not all((subject.folder / f"{name}.npy").exists() for name in names):
         with moved(subject, LATE):
-            for side in sides:
-                subject.kept(f"late-{side.role}", lambda s=side: subject.phi(s, "loss", 1, subject.sketch))
-    late = [np.load(subject.folder / f"late-{side.role}.npy") for side in sides]
-    blocks = [(psi[i : i + 2000], np.ones(len(psi[i : i + 2000]))) for i in range(0, len(psi), 2000)]
-    factored = curvature(blocks, dim=DIM, damping=lam, num_rows=len(psi), absolute=True)
-    found, sizes = [], []
-    for train, query in (end, late):
-        rows, asked = (torch.tensor(part).double() for part in (train, query))
-        found.append((solve(factored, asked) @ rows.T).numpy() / n)
-        sizes.append(float((solve(factored, rows) @ rows.T).norm()))
-    return (found[0] + sizes[0] / sizes[1] * found[1]) / 2
+            for name, side in zip(names, sides, strict=True):
+                subject.kept(name, lambda s=side: subject.phi(s, "loss", 1, subject.metric))
+    return [*end, *(np.load(subject.folder / f"{name}.npy") for name in names)]
+
+
+def ours(subject: Subject) -> dict[str, dict[float, Scores]]:
+    """`gauss-newton` and `two-point` at multiples of their default λ, as `influence/scoring.py` has them."""
+    phi, psi = curvature_rows(subject)
+    asked = (at_end(subject, 0) + at_end(subject, 1)) / 2
+    end, half, late, late_half = two_points(subject)
+    n = len(phi)
+    found: dict[str, dict[float, Scores]] = {"gauss-newton": {}, "two-point": {}}
+    for name, steps in (("gauss-newton", 1), ("two-point", 2)):
+        factors = inverses(psi, [steps * times * subject.lam for times in TIMES])
+        for times, factored in zip(TIMES, factors, strict=True):
+            if steps == 1:
+                tau = solve(factored, torch.tensor(asked)).numpy() @ phi.T.astype(float)
+            else:
+                first = solve(factored, torch.tensor(end))
+                second = factored.damping * solve(factored, solve(factored, torch.tensor(late)))
+                tau = first.numpy() @ half.T.astype(float) + second.numpy() @ late_half.T.astype(float)
+            found[name][times] = tau / n
+    return found
 
 
 def trak(subject: Subject) -> dict[float, Scores]:
     """Park et al. (2023), 80 draws."""
     train = subject.mean_phi(subject.train, "loss")
-    return preconditioned(subject.mean_phi(subject.query, "loss"), train, train)
+    return preconditioned(subject.mean_phi(subject.query, "loss"), train)
 
 
 def d_trak(subject: Subject) -> dict[float, Scores]:
     """Zheng et al. (2024), 80 draws."""
     train = subject.mean_phi(subject.train, "square")
-    return preconditioned(subject.mean_phi(subject.query, "square"), train, train)
+    return preconditioned(subject.mean_phi(subject.query, "square"), train)
 
 
 def das(subject: Subject) -> dict[float, Scores]:
@@ -236,8 +288,8 @@ def das(subject: Subject) -> dict[float, Scores]:
     train = subject.kept("das-train", lambda: take(subject.train, 2 * DRAWS))
     query = subject.kept("das-query", lambda: take(subject.query, 2 * QUERY_DRAWS))
     residual = subject.kept("das-residual", lambda: size(subject.train))
-    leverage = {damping: np.diag(own) for damping, own in preconditioned(train, train, train).items()}
-    found = preconditioned(query, train, train)
+    leverage = {damping: np.diag(own) for damping, own in preconditioned(train, train).items()}
+    found = preconditioned(query, train)
     return {damping: tau * residual / (1 - leverage[damping]) for damping, tau in found.items()}
 
 
@@ -312,13 +364,17 @@ def cosines(subject: Subject) -> dict[str, Scores]:
 def all_scores(subject: Subject) -> dict[str, dict[float, Scores]]:
     """Each method at each damping."""
     found = {name: {0.0: tau} for name, tau in cosines(subject).items()}
-    for name, method in {"trak": trak, "d-trak": d_trak, "das": das, "gauss-newton": gauss_newton}.items():
+    for name, method in {"trak": trak, "d-trak": d_trak, "das": das}.items():
         kept = subject.kept(f"scores-{name}", lambda m=method: np.stack(list(m(subject).values())))
         found[name] = dict(zip(DAMPINGS, kept, strict=True))
-    lam = float(subject.kept("horizon", lambda: np.array(horizon(subject))))
-    kept = subject.kept("scores-default", lambda: next(iter(gauss_newton(subject, lam).values())))
-    found[DEFAULT] = {lam: np.asarray(kept)}
-    found[TWO_POINT] = {lam: np.asarray(subject.kept("scores-two-point", lambda: two_point(subject, lam)))}
+    names = ("gauss-newton", "two-point")
+    if not all((subject.folder / f"scores-{name}.npy").exists() for name in names):
+        for name, at in ours(subject).items():
+            subject.kept(f"scores-{name}", lambda at=at: np.stack(list(at.values())))
+    for name, default in zip(names, (DEFAULT, TWO_POINT), strict=True):
+        kept = np.load(subject.folder / f"scores-{name}.npy")
+        found[name] = dict(zip(TIMES, kept, strict=True))
+        found[default] = {1.0: found[name][1.0]}
     found["ek-fac"] = ekfac(subject)
     if subject.truth.recipe.lora_rank is not None:
         found["datainf"] = datainf(subject)
@@ -329,7 +385,7 @@ READOUTS: dict[str, Callable[[Scores], Scores]] = {"raw": lambda tau: tau, "sign
 
 
 def compare(subject: Subject, out: Path) -> pd.DataFrame:
-    """The table: method, readout, kind of query; LDS at the best damping, chosen blindly, and at 0.1."""
+    """The table: method, readout, kind of query; LDS at the best damping and chosen blindly; ours in units of λ."""
     masks, by_seed, kinds = halves(subject.truth)
     outcome = by_seed.mean(0)
     rows: list[list[object]] = []
@@ -347,7 +403,7 @@ def compare(subject: Subject, out: Path) -> pd.DataFrame:
             each = {d: metrics.correlations(p[:, chosen], outcome[:, chosen]).mean() for d, p in dampings.items()}
             best[key] = max(each, key=each.__getitem__)
             blind = blind_choice({d: p[:, chosen] for d, p in dampings.items()}, outcome[:, chosen])
-            rows.append([kind, *key, best[key], each[best[key]], blind, each.get(0.1), ceiling])
+            rows.append([kind, *key, best[key], each[best[key]], blind, ceiling])
         ours = [next(iter(foretold[name, "raw"].values()))[:, chosen] for name in (DEFAULT, TWO_POINT)]
         stack = np.stack([*ours, *(foretold[key][best[key]][:, chosen] for key in foretold)])
         repeats = metrics.bootstrap(stack, outcome[:, chosen])
@@ -355,7 +411,7 @@ def compare(subject: Subject, out: Path) -> pd.DataFrame:
             row += np.quantile(repeats[:, column], [0.025, 0.975]).tolist()
             for own in range(len(ours)):
                 row += np.quantile(repeats[:, own] - repeats[:, column], [0.025, 0.975]).tolist()
-    names = ["kind", "method", "readout", "best_damping", "lds_best", "lds_blind", "lds_at_0.1", "ceiling"]
+    names = ["kind", "method", "readout", "best_damping", "lds_best", "lds_blind", "ceiling"]
     differences = [f"{name}_minus_{end}" for name in ("default", "two_point") for end in ("low", "high")]
     table = pd.DataFrame(rows, columns=[*names, "low", "high", *differences])
     table.to_csv(out, index=False, float_format="%.4f", lineterminator="\n")

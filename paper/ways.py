@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from comparison import DIM, Subject, halves, horizon, moved
+from comparison import Subject, curvature_rows, halves, inverses, moved, two_points
 from ground_truth import PAPER
 from scipy import sparse
 
 from influence import features, metrics
-from influence.curvature import Curvature, curvature, solve
+from influence.curvature import solve
 from influence.evaluation import kept_shapley
 from influence.features import Recipe
 from influence.scored import Creators
@@ -35,7 +35,7 @@ def at(subject: Subject, s: float) -> tuple[np.ndarray, np.ndarray]:
         query, train = replace(subject.query, draws=QUERY_DRAWS), replace(subject.train, draws=DRAWS)
         with moved(subject, s):
             for name, side in zip(names, (query, train), strict=True):
-                subject.kept(name, lambda side=side: subject.phi(side, "loss", SEED, subject.sketch))
+                subject.kept(name, lambda side=side: subject.phi(side, "loss", SEED, subject.metric))
     query, train = (np.load(subject.folder / f"{name}.npy").astype(float) for name in names)
     return query, train
 
@@ -43,7 +43,7 @@ def at(subject: Subject, s: float) -> tuple[np.ndarray, np.ndarray]:
 def gain(subject: Subject) -> np.ndarray:
     """Loss of the queries under the base, less that under the fine-tune, on the same draws."""
     recipe = Recipe(
-        subject.denoiser.schedule, subject.denoiser.parameters, subject.sketch, SEED, "query", QUERY_DRAWS, 0.0,
+        subject.denoiser.schedule, subject.denoiser.parameters, subject.metric, SEED, "query", QUERY_DRAWS, 0.0,
         "loss", bf16=False, engine="hooks", batch_size=64,
     )  # fmt: skip
 
@@ -67,14 +67,6 @@ def creators(totals: np.ndarray, names: list[str]) -> Creators:
     return Creators(names, np.ones(len(names)), totals, zero, np.empty((0, *totals.shape)), zero, None, parts)
 
 
-def factored(psi: np.ndarray, lam: float) -> Curvature:
-    """H + λI."""
-    blocks = [
-        (psi[first : first + 2000], np.ones(len(psi[first : first + 2000]))) for first in range(0, len(psi), 2000)
-    ]
-    return curvature(blocks, dim=DIM, damping=lam, num_rows=len(psi), absolute=True)
-
-
 def main() -> None:
     """Print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -85,18 +77,20 @@ def main() -> None:
     subject = Subject(options.truth, options.work)
     n = len(subject.train.ids)
     start, middle = at(subject, 0.0), at(subject, 0.5)
-    end = tuple(subject.mean_phi(side, "loss").astype(float) for side in (subject.query, subject.train))
-    psi = np.load(subject.folder / "loss-and-curvature.npy", mmap_mode="r")[n:]
-    lam = float(subject.kept("horizon", lambda: np.array(horizon(subject))))
-    inverse = factored(psi, lam)
+    asked, half, asked_late, half_late = two_points(subject)
+    end = asked.astype(float), half.astype(float)
+    _, psi = curvature_rows(subject)
+    (inverse,) = inverses(psi, [2 * subject.lam])
 
     def tau(q: np.ndarray, t: np.ndarray) -> np.ndarray:
         return solve(inverse, torch.tensor(q)).numpy() @ t.T / n
 
+    late = solve(inverse, torch.tensor(asked_late)) * inverse.damping
     path = tuple((a + b) / 2 for a, b in zip(start, end, strict=True))
     simpson = tuple((a + 4 * b + c) / 6 for a, b, c in zip(start, middle, end, strict=True))
     scores = {
         "end": tau(*end),
+        "two-point": tau(*end) + tau(late.numpy(), half_late.astype(float)),
         "path": tau(*path),
         "base alone": tau(*start),
         "Simpson": tau(*simpson),
@@ -108,7 +102,7 @@ def main() -> None:
     measured = np.stack(list(exact.values()))
     owner = np.array([item.creator for item in subject.truth.items])
     totals = {name: np.stack([each[:, owner == g].sum(1) for g in exact]) for name, each in scores.items()}
-    ends, paths = (creators(totals[name].T, list(exact)) for name in ("end", "path"))
+    ends, paths = (creators(totals[name].T, list(exact)) for name in ("two-point", "path"))
     totals["whole way"] = whole_way(ends, paths, gain(subject)[:, None]).totals.T
     text = [f"{' / '.join(dict.fromkeys(kinds))}", "", "| totals | Pearson | total variation | slope | LDS ×100 | "
             "sum follows gain (r) |", "|---|---|---|---|---|---|"]  # fmt: skip

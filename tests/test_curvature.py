@@ -61,3 +61,22 @@ def test_a_kept_factor_serves_the_dual_again():
     made = curvature.curvature([(psi, np.ones(5))], dim=9, damping=0.1, num_rows=5)
     again = curvature.Curvature(made.factor, made.damping, made.rows, made.unit, curvature.stack([(psi, np.ones(5))]))
     torch.testing.assert_close(curvature.solve(again, v), curvature.solve(made, v))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_what_rows_of_the_dual_are_in_h_themselves_is_the_quadratic_form(weighted):
+    psi = rows(7, 15)
+    w = np.array([1.0, 2, 1, 3, 1, 1, 2]) if weighted else np.ones(7)
+    made = curvature.curvature([(psi, w)], dim=15, damping=0.1, num_rows=7)
+    expected = w * curvature.quadratic(made, torch.from_numpy(psi)).numpy() / made.rows
+    np.testing.assert_allclose(curvature.own_parts(made).numpy(), expected, rtol=1e-4)
+    assert curvature.own_parts(curvature.curvature([(psi, w)], dim=15, damping=0.1, num_rows=20)) is None
+
+
+def test_the_dual_takes_its_columns_in_blocks(monkeypatch):
+    psi, v, w = rows(5, 50), torch.from_numpy(rows(2, 50, seed=1)), np.ones(5)
+    made = curvature.curvature([(psi, w)], dim=50, damping=0.1, num_rows=5)
+    whole = curvature.solve(made, v), curvature.quadratic(made, v)
+    monkeypatch.setattr(curvature, "_BLOCK", 7)
+    made = curvature.curvature([(psi, w)], dim=50, damping=0.1, num_rows=5)
+    torch.testing.assert_close((curvature.solve(made, v), curvature.quadratic(made, v)), whole, rtol=1e-5, atol=1e-5)

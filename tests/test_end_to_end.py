@@ -107,7 +107,7 @@ def test_a_lora_from_the_command_line_gives_the_dot_products_of_plain_autograd_w
     run = command if engine == "hooks" else invoked
     run(
         "build", world / "data", "--model", world / "sd", "--lora", lora, "--store", tmp_path / "s",
-        "--projection", "identity", "--draws", DRAWS, "--engine", engine,
+        "--projection", "identity", "--metric", "plain", "--draws", DRAWS, "--engine", engine,
     )  # fmt: skip
     answered = run(
         "attribute", query, "--store", tmp_path / "s", "-k", "all", "--method", "grad-dot", "--draws", 6,
@@ -142,10 +142,9 @@ def test_a_lora_from_the_command_line_gives_the_dot_products_of_plain_autograd_w
     ids=str,
 )
 def test_batches_engines_and_workers_change_no_feature(world, built, tmp_path, options):
-    base = world / "base" if "workers" in options else None
-    build(world, tmp_path / "s", base=base, **options)
+    build(world, tmp_path / "s", base=world / "base", **options)
     same(built, tmp_path / "s")
-    if base is not None:
+    if "workers" in options:
         bytes_of = {p.name: p.read_bytes() for p in (tmp_path / "s" / "shards").iterdir()}
         assert bytes_of == {p.name: p.read_bytes() for p in (built / "shards").iterdir()}
 
@@ -153,7 +152,7 @@ def test_batches_engines_and_workers_change_no_feature(world, built, tmp_path, o
 @pytest.mark.gpu
 def test_a_store_made_on_a_gpu_holds_the_rows_of_the_cpu_and_the_same_bytes_again(world, built, tmp_path):
     for name in "ab":
-        build(world, tmp_path / name, device="cuda")
+        build(world, tmp_path / name, base=world / "base", device="cuda")
     same(built, tmp_path / "a")
     first, second = ({p.name: p.read_bytes() for p in (tmp_path / name / "shards").iterdir()} for name in "ab")
     assert first == second
@@ -166,7 +165,8 @@ def test_names_and_order_of_files_change_no_feature(world, built, tmp_path):
     (tmp_path / "data" / "metadata.csv").write_text("\n".join(renamed) + "\n")
     for file in (tmp_path / "data").glob("*.png"):
         file.rename(file.with_name(f"x{file.name}"))
-    influence.build(tmp_path / "data", model=world / "ddpm", store=tmp_path / "s", dim=256, draws=DRAWS)
+    options = {"model": world / "ddpm", "base": world / "base", "dim": 256, "draws": DRAWS}
+    influence.build(tmp_path / "data", store=tmp_path / "s", **options)
     same(built, tmp_path / "s")
 
 
@@ -191,7 +191,7 @@ def test_added_pictures_leave_the_rows_of_the_others_alone(world, built, tmp_pat
 
 
 def test_half_the_curvature_rows_are_the_same_rows(world, built, tmp_path):
-    build(world, tmp_path / "s", curvature_rows=20)
+    build(world, tmp_path / "s", base=world / "base", curvature_rows=20)
     (phi, psi), (whole_phi, whole) = rows_of(tmp_path / "s"), rows_of(built)
     assert 12 <= len(psi) <= 28 and len(whole) == 10 * DRAWS
     for key, row in psi.items():
@@ -241,8 +241,9 @@ def test_a_picture_that_cannot_be_used_is_named_and_the_others_are_untouched(wor
     with (tmp_path / "data" / "metadata.csv").open("a") as file:
         file.write("bad.png,x,c\ndeep.png,x,c\n")
     run = invoked(
-        "build", tmp_path / "data", "--model", world / "ddpm", "--store", tmp_path / "s", "--dim", 256, "--draws", DRAWS
-    )
+        "build", tmp_path / "data", "--model", world / "ddpm", "--base", world / "base", "--store", tmp_path / "s",
+        "--dim", 256, "--draws", DRAWS,
+    )  # fmt: skip
     assert "refused bad.png" in run.stderr and "refused deep.png" in run.stderr
     assert "2 pictures refused, 10 used" in run.stderr
     same(built, tmp_path / "s")

@@ -1,4 +1,4 @@
-"""The damping that follows from the steps of a fine-tune."""
+"""The metric and the damping that follow from the steps of a fine-tune."""
 
 import json
 import math
@@ -10,11 +10,10 @@ import torch
 from tiny_models import pictures, tiny_ddpm
 
 import influence
-from influence import derived, finetuning, models
+from influence import derived, finetuning, horizon, models, waypoints
 from influence.curvature import curvature, solve
-from influence.errors import GradientError
+from influence.errors import GradientError, OptionError
 from influence.finetuning import FineTune
-from influence.horizon import horizon_damping
 
 RECIPE = FineTune(epochs=4, batch_size=6, learning_rate=2e-3, learning_rate_schedule="constant")
 
@@ -24,34 +23,55 @@ def denoiser(tmp_path_factory):
     return models.load_denoiser(tiny_ddpm(tmp_path_factory.mktemp("horizon") / "model"))
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return models.load_denoiser(tiny_ddpm(tmp_path_factory.mktemp("horizon") / "base", seed=3))
+
+
 def batches(count=3, rows=4):
     rng = np.random.default_rng(0)
     return [(torch.from_numpy(rng.uniform(-1, 1, (rows, 3, 8, 8)).astype(np.float32)), None) for _ in range(count)]
 
 
-def test_it_is_the_formula_over_every_single_entry(denoiser, monkeypatch):
+def test_second_moments_are_the_mean_over_batches_and_points_of_every_entry(denoiser, base, monkeypatch):
     seen = []
     real = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *a: seen.append(real(*a)) or seen[-1])
-    found = horizon_damping(denoiser, RECIPE, batches(), images=12, seed=0)
-    assert len(seen) == 3
-    flat = np.stack([torch.cat([part.flatten() for part in each]).double().numpy() for each in seen])
-    v = (flat**2).mean(0) * 4 / 6
-    steps = [RECIPE.learning_rate] * 8  # 4 epochs of 12 images in batches of 6
-    expected = sum(x * math.sqrt(x) / sum(steps) for x in v) / sum(v)
-    assert found == pytest.approx(expected, rel=1e-5)
+    v = horizon.second_moments([(0.25, base), (0.75, denoiser)], batches(), batch_size=6, seed=0)
+    assert len(seen) == 6 and list(v) == list(denoiser.parameters)
+    for i, value in enumerate(v.values()):
+        squares = [part[i].double().square() for part in seen]
+        expected = (0.25 * sum(squares[:3]) / 3 + 0.75 * sum(squares[3:]) / 3) * 4 / 6
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-12)
 
 
-def test_longer_or_faster_training_damps_less(denoiser):
-    def damping(images=12, **changes):
-        return horizon_damping(denoiser, replace(RECIPE, **changes), batches(), images=images, seed=0)
+def test_scales_are_the_root_of_d_along_the_gradients_of_each_tensor():
+    v = {
+        "a": torch.tensor([4.0, 1.0]),
+        "b": torch.tensor([[1e-4, 0.0]]),
+        "c": torch.zeros(3),
+        "d": torch.full((2,), 1e-9),
+    }
+    least = 1e-3 * horizon.mean_along_gradients(v)
+    d = {"a": (8 + 1) / (4 + 1), "b": 1e-2, "c": least, "d": least}  # no gradient, or nothing but rounding
+    found = horizon.tensor_scales(v)
+    assert list(found) == ["a", "b", "c", "d"]
+    for name, scale in found.items():
+        assert scale == pytest.approx(d[name] ** -0.5, rel=2 ** (1 / 16) - 1 + 1e-9)
+        assert 8 * math.log2(scale) == pytest.approx(round(8 * math.log2(scale)), abs=1e-9)
+    assert horizon.mean_along_gradients(v) == pytest.approx((8 + 1 + 1e-6) / (4 + 1 + 1e-4), rel=1e-6)
 
-    whole = damping()
-    assert damping(learning_rate=4e-3) == pytest.approx(whole / 2)
-    assert damping(epochs=12) == pytest.approx(whole / 3)
-    assert damping(images=24) == pytest.approx(whole / 2)
-    assert damping(batch_size=24, epochs=16) == pytest.approx(whole / 2)  # as many steps, each with less noise
-    assert damping(learning_rate_schedule="cosine") == pytest.approx(whole * 8 / 4.5)
+
+def test_the_scores_are_those_of_adamws_own_step():
+    """φᵀ (H + λI)⁻¹ φ′ with φ = W g is gᵀ (H + λD)⁻¹ g′."""
+    rng = np.random.default_rng(0)
+    psi, g = rng.standard_normal((30, 8)), rng.standard_normal((2, 8))
+    d, lam = rng.uniform(0.1, 3, 8), 0.7
+    plain = np.linalg.solve(psi.T @ psi / 30 + lam * np.diag(d), g[1]) @ g[0]
+    blocks = [((psi * d**-0.5).astype(np.float32), np.ones(30))]
+    factored = curvature(blocks, dim=8, damping=lam, num_rows=30, absolute=True)
+    phi = torch.from_numpy(g * d**-0.5)
+    assert float(solve(factored, phi[1:]) @ phi[0]) == pytest.approx(plain, rel=1e-4)
 
 
 def test_the_total_learning_rate_is_the_sum_over_the_steps_that_are_taken():
@@ -62,11 +82,15 @@ def test_the_total_learning_rate_is_the_sum_over_the_steps_that_are_taken():
 
 def test_parameters_are_left_as_they_were_and_a_model_without_gradients_is_refused(denoiser):
     before = [parameter.requires_grad for parameter in denoiser.parameters.values()]
-    horizon_damping(denoiser, RECIPE, batches(), images=12, seed=0)
+    horizon.second_moments([(1.0, denoiser)], batches(), batch_size=6, seed=0)
     assert [parameter.requires_grad for parameter in denoiser.parameters.values()] == before
     infinite = [(torch.full((4, 3, 8, 8), float("inf")), None)]
-    with pytest.raises(GradientError, match="expected a finite number above 0"):
-        horizon_damping(denoiser, RECIPE, infinite, images=12, seed=0)
+    with pytest.raises(GradientError, match="expected finite weights and pictures"):
+        horizon.second_moments([(1.0, denoiser)], infinite, batch_size=6, seed=0)
+    zero = {"a": torch.zeros(2)}
+    for made in (horizon.tensor_scales, horizon.mean_along_gradients):
+        with pytest.raises(GradientError, match="all gradients are zero"):
+            made(zero)
 
 
 @pytest.mark.parametrize("rows", [20, 5])
@@ -81,21 +105,44 @@ def test_a_damping_that_is_lambda_itself(rows):
     torch.testing.assert_close(solve(absolute, v), solve(relative, v))
 
 
-def test_a_store_takes_it_from_the_recipe_beside_the_model_and_uses_it(tmp_path):
+def test_the_way_is_from_the_base_to_the_end_if_the_base_is_known(tmp_path):
+    model, start = tiny_ddpm(tmp_path / "model"), tiny_ddpm(tmp_path / "base", seed=3)
+    end = models.load_denoiser(model)
+    source = {"lora": None, "model": str(model), "base": None, "base_model": None, "parameters": None,
+              "resolution": None}  # fmt: skip
+    assert [part for part, _ in waypoints.way(source, end)] == [1.0]
+    source |= {"base": str(start), "base_model": models.load_denoiser(start).identity["model"]}
+    points = list(waypoints.way(source, end))
+    assert [part for part, _ in points] == [0.25, 0.5, 0.25] and points[2][1] is end
+    first, late, last = (next(iter(each.parameters.values())) for _, each in points)
+    torch.testing.assert_close(late, 0.25 * first + 0.75 * last)
+
+
+def test_a_store_takes_both_from_the_recipe_beside_the_model_and_uses_them(tmp_path):
     model, data = tiny_ddpm(tmp_path / "model"), pictures(tmp_path / "data", count=5, size=8, captions=False)
     said = []
-    bare = influence.build(data, model=model, store=tmp_path / "bare", dim=64, draws=4, message=said.append)
-    assert any("how the model was trained is not known" in line for line in said)
-    assert bare.source["damping"] is None
+    options = {"model": model, "dim": 64, "draws": 4, "message": said.append}
+    bare = influence.build(data, store=tmp_path / "bare", metric="plain", **options)
+    assert any("how the model was trained is not known" in line and "0.1 tr(H)/k" in line for line in said)
+    assert bare.source["damping"] is None and bare.source["scales"] is None and bare.spec.metric == "plain"
     picture = data / "000.png"
     plain = influence.attribute(picture, bare, k=None, draws=8)
     assert plain.attrs["damping"] == pytest.approx(derived.DAMPING)
+    guessed = influence.build(data, store=tmp_path / "guessed", **options)
+    assert any("as after learning rates of 0.25 in all" in line for line in said)
+    assert guessed.source["damping"] == pytest.approx(4) and guessed.spec.metric != "plain"
 
-    recipe = {"epochs": 3, "batch_size": 2, "learning_rate": 1e-3}
+    recipe = {"epochs": 3, "batch_size": 2, "learning_rate": 1e-3, "learning_rate_schedule": "constant"}
     (model / finetuning.RECIPE_FILE).write_text(json.dumps(recipe), encoding="utf-8")
-    made = influence.build(data, model=model, store=tmp_path / "store", dim=64, draws=4)
-    again = influence.build(data, model=model, store=tmp_path / "store", dim=64, draws=4)
-    assert made.source["damping"] == again.source["damping"] > 0
+    made = influence.build(data, store=tmp_path / "store", **options)
+    again = influence.build(data, store=tmp_path / "store", **options)
+    assert made.source["damping"] == again.source["damping"] == pytest.approx(1 / (1e-3 * 8))
+    assert made.source["scales"] == again.source["scales"]
+    # a batch of 2 in place of 8: D is twice as large
+    for name, scale in made.source["scales"].items():
+        assert scale == pytest.approx(guessed.source["scales"][name] * 2**-0.5, rel=0.1)
+    content, unscaled = (next(iter(store.blocks())) for store in (made, bare))
+    assert not np.allclose(content.phi, unscaled.phi)
     table = influence.attribute(picture, made, k=None, draws=8)
     same = influence.attribute(picture, made, k=None, draws=8, damping=table.attrs["damping"])
     assert table["score"].tolist() == pytest.approx(same["score"].tolist(), rel=1e-9)
@@ -106,5 +153,11 @@ def test_a_store_takes_it_from_the_recipe_beside_the_model_and_uses_it(tmp_path)
 
     other = tmp_path / "elsewhere.json"
     other.write_text(json.dumps(recipe | {"learning_rate": 2e-3}), encoding="utf-8")
-    faster = influence.build(data, model=model, store=tmp_path / "faster", dim=64, draws=4, recipe=other)
+    faster = influence.build(data, store=tmp_path / "faster", recipe=other, **options)
     assert faster.source["damping"] == pytest.approx(made.source["damping"] / 2)
+    by_entry = influence.build(data, store=tmp_path / "plain", recipe=other, metric="plain", **options)
+    assert 0 < by_entry.source["damping"] != faster.source["damping"] and by_entry.source["scales"] is None
+    with pytest.raises(OptionError, match="store store is in the metric of AdamW; leave out --metric"):
+        influence.build(data, store=tmp_path / "store", metric="plain", **options)
+    with pytest.raises(OptionError, match="metric 'sgd' is unknown; expected adamw or plain"):
+        influence.build(data, store=tmp_path / "other", metric="sgd", **options)

@@ -26,6 +26,7 @@ def world(tmp_path_factory):
     tiny_ddpm(path / "base", seed=1)
     tiny_ddpm(path / "model", seed=2)
     options = {"dim": 64, "draws": DRAWS, "controls": path / "controls"}
+    options["metric"] = "plain"  # that of AdamW is of the way to each model
     influence.build(path / "data", model=path / "model", store=path / "s", base=path / "base", **options)
     influence.build(path / "data", model=path / "base", store=path / "of_base", **options)
     return path
@@ -77,7 +78,7 @@ def test_a_base_of_other_parameters_is_refused_before_anything_is_written(world,
     assert not (tmp_path / "s").exists()
 
 
-def test_two_points_add_scores_of_equal_size(world):
+def test_two_points_are_two_implicit_steps(world):
     picture = world / "controls" / "002.png"
     table = influence.attribute(picture, world / "s", method="two-point", k=None, draws=DRAWS, damping=0.3)
     made = influence.open_store(world / "s")
@@ -86,15 +87,15 @@ def test_two_points_add_scores_of_equal_size(world):
     loaded, _ = influence.loading.load_for(
         made, model=None, lora=None, draws=DRAWS, engine="auto", batch_size=64, device="cpu", message=print
     )
-    base = waypoints.load_base(made.source, made.spec, None, "cpu")
+    base = waypoints.load_base(made.source, loaded.denoiser, None, "cpu")
     between = waypoints.waypoint("late", loaded, base)
     for name, p in between.denoiser.parameters.items():
         torch.testing.assert_close(p, 0.25 * base.parameters[name] + 0.75 * loaded.denoiser.parameters[name])
     asked = influence.queries.read_queries(loaded, "loss", [picture], [None], silent, silent, None, {"late": between})
-    inverse = np.linalg.inv(psi.T @ psi / len(psi) + 0.3 * (psi**2).sum() / len(psi) / 64 * np.eye(64))
-    c = np.linalg.norm(end @ inverse @ end.T) / np.linalg.norm(late @ inverse @ late.T)
+    twice = 2 * 0.3 * (psi**2).sum() / len(psi) / 64
+    inverse = np.linalg.inv(psi.T @ psi / len(psi) + twice * np.eye(64))
     q, q_late = (part[0].astype(float) for part in (asked.phi, asked.beside["late"][0]))
-    expected = (end @ inverse @ q + c * late @ inverse @ q_late) / (2 * len(ids))
+    expected = (end @ inverse @ q + twice * late @ inverse @ inverse @ q_late) / len(ids)
     by_item = table.set_index("item_id")["score"]
     np.testing.assert_allclose([by_item[i] for i in ids], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
     assert table["p_value"].between(1 / 6, 1).all() and (table["score_se"] > 0).all()
@@ -115,13 +116,13 @@ def test_scores_are_those_of_the_mean_of_the_features(world):
     _, phi0, _ = stacked(world / "of_base")
     mean = (phi + phi0) / 2
     h = psi.T @ psi / len(psi)
-    h += 0.3 * np.trace(h) / 64 * np.eye(64)
+    h += 2 * 0.3 * np.trace(h) / 64 * np.eye(64)
     # grad-dot has rank 7 of 64: compare on the span, through features taken by the same call
     store = influence.open_store(world / "s")
     loaded, _ = influence.loading.load_for(
         store, model=None, lora=None, draws=DRAWS, engine="auto", batch_size=64, device="cpu", message=print
     )
-    base = waypoints.load_base(store.source, store.spec, None, "cpu")
+    base = waypoints.load_base(store.source, loaded.denoiser, None, "cpu")
     start, silent = waypoints.waypoint("base", loaded, base), influence.progress.silent
     asked = influence.queries.read_queries(loaded, "loss", [picture], [None], silent, silent, base, {"base": start})
     under_base = asked.beside["base"][0]
@@ -228,8 +229,8 @@ def test_the_base_of_a_lora_is_its_network_with_an_adapter_that_does_nothing(tmp
     pictures(tmp_path / "data", count=3)
     influence.build(tmp_path / "data", model=sd, lora=tmp_path / "lora", store=tmp_path / "s", dim=64, draws=DRAWS)
     store = influence.open_store(tmp_path / "s")
-    silent = waypoints.load_base(store.source, store.spec, None, "cpu")
     plain = models.load_denoiser(sd)
+    silent = waypoints.load_base(store.source, models.load_denoiser(sd, lora=tmp_path / "lora"), None, "cpu")
     x = torch.randn(2, *plain.sample_shape, generator=torch.Generator().manual_seed(0))
     t, c = torch.tensor([5, 700]), plain.encode_captions(["a", "b"])
     with torch.no_grad():

@@ -1,4 +1,5 @@
 import hashlib
+import math
 
 import numpy as np
 import pytest
@@ -36,9 +37,23 @@ def test_the_gather_of_accelerators_equals_the_slices_of_the_cpu(dim, entries, m
     signs = torch.from_numpy(np.random.default_rng(1).choice([-1, 1], 440).astype(np.int8))
     offsets = torch.from_numpy(np.random.default_rng(2).integers(0, dim, -(-440 // dim)))
     by_slices, by_gather = torch.zeros(3, dim), torch.zeros(3, dim)
-    projections._add_slices(by_slices, grads, signs, offsets)
-    projections._add_gathered(by_gather, grads, signs, offsets)
+    projections._add_slices(by_slices, grads, signs, offsets, 0.7)
+    projections._add_gathered(by_gather, grads, signs, offsets, 0.7)
     torch.testing.assert_close(by_gather, by_slices, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_a_scale_multiplies_the_gradient_of_its_parameter(name):
+    dim = TOTAL if name == "identity" else 24
+    scales = {parameter: 0.5 + i for i, parameter in enumerate(SHAPES)}
+    plain, scaled = (PROJECTIONS[name](SHAPES, dim=dim, seed=4, device=CPU, scales=s) for s in (None, scales))
+    grads, start, by_hand = rows(3, TOTAL), 0, []
+    for parameter, shape in SHAPES.items():
+        stop = start + math.prod(shape)
+        by_hand.append(grads[:, start:stop] * scales[parameter])
+        start = stop
+    expected = project(plain, SHAPES, torch.cat(by_hand, 1))
+    torch.testing.assert_close(project(scaled, SHAPES, grads), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("cache", [0, 1 << 30])

@@ -33,7 +33,7 @@ def scored(name, phi=PHI, ids=IDS, block=7, phi_q=PHI_Q):
         solver = curvature.curvature([(source, np.ones(len(source)))], dim=K, damping=0.1, num_rows=len(source))
     if method.beside == "late":
         phi, phi_q = two_points(phi), two_points(phi_q)
-    v = scoring.precondition(method, torch.from_numpy(phi_q), solver, float(len(phi)), late=0.5)
+    v = scoring.precondition(method, torch.from_numpy(phi_q), solver, float(len(phi)))
     blocks = [(ids[i : i + block], phi[i : i + block]) for i in range(0, len(phi), block)]
     return np.concatenate([tau for _, tau in scoring.scores(method, v, blocks)], axis=1)
 
@@ -43,8 +43,10 @@ def oracle(name):
         return damped_inverse_times(PSI, np.ones(80), 0.1, PHI_Q) @ PHI.T / N
     if name == "two-point":
         end = damped_inverse_times(PSI, np.ones(80), 0.1, PHI_Q) @ PHI.T / N
-        late = damped_inverse_times(PSI, np.ones(80), 0.1, 2 * PHI_Q[:, ::-1]) @ (2 * PHI[:, ::-1]).T / N
-        return (end + 0.5 * late) / 2
+        lam = 0.1 * np.trace(PSI.T.astype(float) @ PSI / 80) / K
+        twice = damped_inverse_times(PSI, np.ones(80), 0.1, 2 * PHI_Q[:, ::-1])
+        twice = damped_inverse_times(PSI, np.ones(80), 0.1, twice)
+        return end + lam * twice @ (2 * PHI[:, ::-1]).T / N
     if name in ("trak", "d-trak"):
         gram = PHI.T.astype(float) @ PHI
         lam = 0.1 * np.trace(gram) / K
