@@ -10,6 +10,7 @@ from tiny_models import pictures, tiny_ddpm
 import influence
 
 DRAWS = 4
+BATCH_SIZE = 12  # rows: three images, so that each shard takes several batches
 INFLUENCE = str(Path(sys.executable).parent / "influence")
 
 
@@ -23,7 +24,7 @@ def new_world(path):
 
 
 def build(world, store, *, data=None, **options):
-    defaults = {"dim": 16, "draws": DRAWS, "curvature_rows": 24, "batch_size": 6, "base": world / "base"}
+    defaults = {"dim": 16, "draws": DRAWS, "curvature_rows": 24, "batch_size": BATCH_SIZE, "base": world / "base"}
     return influence.build(data or world / "data", model=world / "ddpm", store=store, **defaults | options)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from real_stores import INFLUENCE, build, copy, new_world, rows_of
+from real_stores import BATCH_SIZE, INFLUENCE, build, copy, new_world, rows_of
 from safetensors.torch import load_file, save_file
 from stores import files
 from tiny_models import pictures
@@ -77,7 +77,8 @@ def test_a_build_after_pictures_were_added_takes_the_features_of_these_alone(wor
 def command(world, path, *more):
     return [
         INFLUENCE, "build", str(world / "data"), "--model", str(world / "ddpm"), "--base", str(world / "base"),
-        "--store", str(path), "--dim", "16", "--draws", "4", "--curvature-rows", "24", "--batch-size", "6", *more,
+        "--store", str(path), "--dim", "16", "--draws", "4", "--curvature-rows", "24",
+        "--batch-size", str(BATCH_SIZE), *more,
     ]  # fmt: skip
 
 

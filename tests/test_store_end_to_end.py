@@ -1,11 +1,13 @@
 """Stores of a real model: exclusions, and repair."""
 
-import subprocess
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
-from real_stores import INFLUENCE, build, copy, new_world, rows_of, scores, without
+from click.testing import CliRunner
+from influence_cli.main import cli
+from real_stores import BATCH_SIZE, build, copy, new_world, rows_of, scores, without
 from stores import files
 from tiny_models import tiny_ddpm
 
@@ -17,31 +19,46 @@ def world(tmp_path_factory):
     return new_world(tmp_path_factory.mktemp("world"))
 
 
+def invoked(*parts):
+    return CliRunner().invoke(cli, [str(part) for part in parts])
+
+
 # Exclusions ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dim", [16, 64])  # with 24 rows: H itself, and its dual
+EXCLUDED = (["creator 1"], ["000.png"])
+
+
+@pytest.fixture(scope="module", params=[16, 64])  # with 24 rows: H itself, and its dual
+def whole_and_less(world, tmp_path_factory, request):
+    """A store of all pictures, and one of those that an exclusion leaves."""
+    path, options = tmp_path_factory.mktemp("exclusions"), {"dim": request.param, "batch_size": 1}
+    build(world, path / "whole.store", **options)  # one row in a batch: rounding depends on what else is in a forward
+    data, left = without(world, path, *EXCLUDED)
+    assert left == 7
+    # As many curvature rows for each image: 24 for 12 images, 14 for 7.
+    build(world, path / "less.store", data=data, **options, curvature_rows=2 * left)
+    return path
+
+
 @pytest.mark.parametrize("method", influence.METHODS)
-def test_scores_after_an_exclusion_are_those_of_a_store_without_these_images(world, tmp_path, method, dim):
-    store, alone = tmp_path / "s", {"dim": dim, "batch_size": 1}  # rounding depends on what else is in a forward
-    build(world, store, **alone)
+def test_scores_after_an_exclusion_are_those_of_a_store_without_these_images(world, whole_and_less, tmp_path, method):
+    store, less = (shutil.copytree(whole_and_less / name, tmp_path / name) for name in ("whole.store", "less.store"))
     before = scores(world, store, method)
-    item = influence.open_store(store).items.set_index("file_name").loc["000.png", "item_id"]
-    influence.exclude(store, creator="creator 1")
+    ((creator,), (file_name,)) = EXCLUDED
+    item = influence.open_store(store).items.set_index("file_name").loc[file_name, "item_id"]
+    influence.exclude(store, creator=creator)
     influence.exclude(store, item=item)
     found, totals = scores(world, store, method)
-    data, left = without(world, tmp_path, ["creator 1"], ["000.png"])
-    assert left == 7 == len(found) / 2
-    # As many curvature rows for each image: 24 for 12 images, 14 for 7.
-    build(world, tmp_path / "less.store", data=data, **alone, curvature_rows=2 * left)
-    wanted, wanted_totals = scores(world, tmp_path / "less.store", method)
+    assert len(found) == 2 * 7
+    wanted, wanted_totals = scores(world, less, method)
     assert found.index.equals(wanted.index)
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max())
     assert totals.keys() == wanted_totals.keys()
     for key, (total, images) in totals.items():
         assert total == pytest.approx(wanted_totals[key][0], rel=1e-5, abs=1e-5 * wanted.abs().max())
         assert images == wanted_totals[key][1]
-    influence.exclude(store, creator="creator 1", undo=True)
+    influence.exclude(store, creator=creator, undo=True)
     influence.exclude(store, item=item, undo=True)
     again = scores(world, store, method)
     pd.testing.assert_series_equal(again[0], before[0])
@@ -93,18 +110,16 @@ def test_repair_builds_again_the_damaged_shards_and_touches_no_other(world, tmp_
     whole = files(store)
     times = {p.name: p.stat().st_mtime_ns for p in (store / "shards").iterdir()}
     bad = damaged(store)
-    run = subprocess.run([INFLUENCE, "verify", store], capture_output=True, text=True, check=False)
+    run = invoked("verify", store)
     made = influence.open_store(store)
     names = made.items[made.items["shard"] == 0]["file_name"]
-    assert run.returncode == 1 and run.stderr.count("\n") == 1 and "1 problems, 8 images affected" in run.stderr
+    assert run.exit_code == 1 and run.stderr.count("\n") == 1 and "1 problems, 8 images affected" in run.stderr
     assert run.stdout.splitlines()[0].startswith("shards/loss-000000.json: ") and "is damaged" in run.stdout
     assert {line.split()[-1] for line in run.stdout.splitlines()[1:]} == set(names)
     with pytest.raises(influence.StoreError, match="is damaged"):
         scores(world, store, "gauss-newton")
-    run = subprocess.run(
-        [INFLUENCE, "verify", store, "--repair", "--batch-size", "6"], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0 and "1 problems repaired, 8 images built again" in run.stdout, run.stderr
+    run = invoked("verify", store, "--repair", "--batch-size", BATCH_SIZE)
+    assert run.exit_code == 0 and "1 problems repaired, 8 images built again" in run.stdout, run.stderr
     assert files(store) == whole and influence.verify(store) == []
     for path in (store / "shards").iterdir():
         assert (path.stat().st_mtime_ns == times[path.name]) == (path.name not in (bad.name, "loss-000000.json"))
