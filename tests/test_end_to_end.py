@@ -104,12 +104,12 @@ def test_a_lora_from_the_command_line_gives_the_dot_products_of_plain_autograd_w
 ):
     query = world / "data" / "003.png"
     lora = world / "lora" / "pytorch_lora_weights.safetensors"
-    run = command if engine == "hooks" else invoked
-    run(
+    made = invoked(
         "build", world / "data", "--model", world / "sd", "--lora", lora, "--store", tmp_path / "s",
         "--projection", "identity", "--metric", "plain", "--draws", DRAWS, "--engine", engine,
     )  # fmt: skip
-    answered = run(
+    assert made.exit_code == 0, made.output
+    answered = (command if engine == "hooks" else invoked)(
         "attribute", query, "--store", tmp_path / "s", "-k", "all", "--method", "grad-dot", "--draws", 6,
         "--prompt", "something else", "--json", "--engine", engine,
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """`influence evaluate` on a small fine-tune: retraining, tables and the doctor, by the library and the command line."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -105,8 +106,20 @@ def test_the_doctor_finds_a_store_of_few_draws_out(made, tmp_path):
     assert not table.loc["query draws", "ok"]
 
 
-def test_the_command_line(made, truth):
-    common = ["--store", str(made / "store"), "--truth", str(made / "truth-by-command"), "--base", str(made / "base")]
+@pytest.fixture(scope="module")
+def brief(made, tmp_path_factory):
+    """A store of the same model beside a recipe of one epoch: what a command does, without long retraining."""
+    folder = tmp_path_factory.mktemp("brief")
+    shutil.copytree(made / "model", folder / "model")
+    file = folder / "model" / finetuning.RECIPE_FILE
+    recipe = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(recipe | {"epochs": 1}), encoding="utf-8")
+    influence.build(made / "data", model=folder / "model", store=folder / "store", dim=512, draws=16)
+    return folder / "store"
+
+
+def test_the_command_line(made, brief):
+    common = ["--store", str(brief), "--truth", str(made / "truth-by-command"), "--base", str(made / "base")]
     common += ["--queries", f"unseen={made / 'unseen'}", "--draws", "8", "--json"]
     found = CliRunner().invoke(cli, ["evaluate", "lds", *common, "--subsets", "3", "--method", "grad-dot"])
     assert found.exit_code == 0, found.output
