@@ -173,10 +173,12 @@ def num_batches(num_draws: int) -> int:
 def batch_of(num_draws: int) -> Int64[np.ndarray, " draws"]:
     """The batch of each draw; all in batch 0 if they cannot be divided.
 
-    Pairs go round the batches, and every round begins one batch later: all batches cover the schedule alike.
+    Pairs go round the batches, there and back: the means of batches differ by what their noise is, and not by where in
+    each round they stand. With an even number of rounds whatever is linear in t has the same mean in all of them.
     """
     batches, pair = max(num_batches(num_draws), 1), np.arange(num_draws) // 2
-    return (pair + pair // batches) % batches
+    turn, place = np.divmod(pair, batches)
+    return np.where(turn % 2 == 0, place, batches - 1 - place)
 
 
 def curvature_draws(seed: int, item_id: str, num_draws: int, rate: float) -> np.ndarray:

@@ -115,9 +115,10 @@ class Errors:
 def errors(*batches: Float[np.ndarray, "_ *shape"]) -> Errors:
     """Standard error of a score from its values over disjoint batches of draws, for each independent kind of draws.
 
-    The variance of a mean of b equal batches is estimated by Σ (τ_b − τ̄)² / (b(b − 1)). Those of the query's draws and
-    of the training image's add up (τ is linear in each), with the degrees of freedom of Welch (1947). The product of
-    both errors is counted twice, which is small and on the safe side.
+    The variance of a mean of b equal batches is estimated by Σ (τ_b − τ̄)² / (b(b − 1)): without bias as far as all
+    batches have the same expectation, and too high by what their expectations differ by, never too low. Those of the
+    query's draws and of the training image's add up (τ is linear in each), with the degrees of freedom of Welch (1947).
+    The product of both errors is counted twice, which is small and on the safe side.
 
     Args:
         batches: For each kind of draws, the score with one batch in place of all: batches first.

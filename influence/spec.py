@@ -50,7 +50,7 @@ class FeatureSpec:
     output: str = "loss"
     """What is differentiated: `loss` (the training loss) or `square` (mean f², for D-TRAK)."""
     format: int = FORMAT
-    """Version of the rules by which features are made (keys, draws, projection)."""
+    """Version of the rules by which features are made (keys, draws and their batches, projection)."""
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain JSON values."""

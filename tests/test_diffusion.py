@@ -106,9 +106,23 @@ def test_batches_hold_equally_many_antithetic_pairs_from_all_over_the_schedule(d
         return
     assert (np.bincount(batch) == draws // batches).all()
     assert (batch[0::2] == batch[1::2]).all(), "a pair stays together"
-    means = [np.flatnonzero(batch == b).mean() for b in range(batches)]
-    if draws >= 8 * batches:
-        assert max(means) - min(means) < draws / 8, "every batch has early and late timesteps"
+    rounds = draws // (2 * batches)
+    for first in range(0, draws, 2 * batches):  # every batch is in each part of the schedule
+        assert set(batch[first : first + 2 * batches]) == set(range(batches))
+    if rounds % 2 == 0:
+        means = [np.flatnonzero(batch == b).mean() for b in range(batches)]
+        np.testing.assert_allclose(means, (draws - 1) / 2, rtol=1e-12)  # a linear trend over t is in all alike
+
+
+@pytest.mark.parametrize("draws", [40, 256])
+def test_batches_foretell_the_variance_of_the_mean_where_a_trend_over_the_schedule_dwarfs_the_noise(draws):
+    batches, batch, count = diffusion.num_batches(draws), diffusion.batch_of(draws), 8000
+    u, noise = keys.uniform(("u", draws), count * draws), keys.normal(("noise", draws), (count, draws // 2))
+    t = (np.arange(draws) + u.reshape(count, draws)) / draws
+    # The part of a pair's noise that its signs do not cancel, smaller at the end, beside a line that bends a little.
+    values = 20 * (1 - t) + 2 * (1 - t) ** 2 + np.repeat(noise, 2, axis=1) * (1.5 - t)
+    found = np.stack([values[:, batch == b].mean(1) for b in range(batches)]).var(0, ddof=1).mean() / batches
+    assert found == pytest.approx(values.mean(1).var(ddof=1), rel=0.1)
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "snr"])
