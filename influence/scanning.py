@@ -12,6 +12,7 @@ from influence import scoring, significance
 from influence.curvature import Curvature
 from influence.errors import StoreError
 from influence.queries import Queries
+from influence.readahead import ahead
 from influence.scored import Controls, Creators
 from influence.scoring import Groups, Method
 from influence.shards import FAMILIES, ShardContent
@@ -93,8 +94,8 @@ def rank(
     exceeded = [np.zeros(len(row) + 1, np.int64) for row in strangers]
     works = None if controls is None else np.zeros((count, groups.parts.shape[0]))
     images = np.bincount(groups.work)
-    features = ((content.item_ids, content.phi) for content in blocks(made, method))
-    for ids, tau in scoring.scores(method, v, features):
+    features = ahead(blocks(made, method), lambda content: content.phi)
+    for ids, tau in scoring.scores(method, v, ((content.item_ids, content.phi) for content in features)):
         here = groups.places(ids)
         adjusted = tau / (1 - h[here])
         if works is not None:
@@ -103,8 +104,9 @@ def rank(
         totals += scoring.group_totals(groups, here, adjusted)
         squares += scoring.group_totals(groups, here, adjusted**2)
         for q, row in enumerate(strangers):
-            above = significance.exceedances(adjusted[q], row)
-            exceeded[q] += np.bincount(above, minlength=len(row) + 1)
+            if len(row):
+                above = significance.exceedances(adjusted[q], row)
+                exceeded[q] += np.bincount(above, minlength=len(row) + 1)
     ranked = [(q, query, item_id, tau) for q, query in enumerate(asked.paths) for tau, item_id in best[q]]
     table = pd.DataFrame(ranked, columns=["number", "query", "item_id", "score"])
     table["leverage"] = h[groups.places(table["item_id"].tolist())]
@@ -162,7 +164,7 @@ def with_errors(
     listed = [set(table.loc[table["number"] == q, "item_id"]) for q in range(count)]
     found: dict[tuple[int, str], tuple[float, float]] = {}
     flat, columns = parts.flatten(0, 1), np.ascontiguousarray(v.float().numpy().T)
-    for content in blocks(made, method, batches=True):
+    for content in ahead(blocks(made, method, batches=True), lambda content: content.phi if batches else ()):
         ids, n = content.item_ids, len(content.item_ids)
         here = groups.places(ids)
         one_query = np.empty((batches * count, n))

@@ -21,7 +21,7 @@ LAYERS = [
     ["building"],
     ["pipeline"],
     ["inspection", "queries", "planning", "nearcopies", "holdout"],
-    ["scored", "repair"],
+    ["scored", "repair", "readahead"],
     ["ensemble", "wholeway", "scanning"],
     ["derived"],
     ["attribution"],
