@@ -5,13 +5,16 @@ the queries' gradients are there, without standard errors: the scan for 32 queri
 the creators, the table. Every operation runs in a process of its own: seconds, and by how much its resident memory rose
 at its highest, mapped pages of shards included. `scan` is a second `attribute` in the same process, when hashes have
 been checked; `read` a plain copy of the same mapped rows into a small buffer; `product` the arithmetic alone, on rows
-that stay in the cache. The exponent is the slope of log seconds over log N.
+that stay in the cache. The `cold` ones begin with none of the shards in the page cache, where the system can be asked
+to drop them. The exponent is the slope of log seconds over log N; the ratios below the table are those of the bandwidth
+of `attribute` and `scan` to that of `read`, cold to cold.
 
     python benchmarks/scale.py --rows 10000 100000 1000000 --folder FOLDER
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -71,6 +74,13 @@ def make(folder: Path, count: int) -> None:
             psi_draw=np.concatenate(draws).astype(np.int32),
         )  # fmt: skip
         made.commit(content)
+
+
+def drop(folder: Path) -> None:
+    """Ask the system to forget the shards, so that they are read from the disk."""
+    for path in (folder / "shards").glob("*.h5"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class Peak:
@@ -134,12 +144,17 @@ def measure(folder: Path, operation: str, clock: Callable[[], float]) -> dict[st
         "scan": attribute,
         "read": read,
         "product": product,
+        "cold attribute": attribute,
+        "cold scan": attribute,
+        "cold read": read,
     }
     if operation == "factor":
         for kept in (folder / "derived").iterdir():
             kept.unlink()
-    if operation in ("scan", "read", "product"):
+    if operation.endswith(("scan", "read", "product")):
         attribute()  # hashes are checked at the first use
+    if operation.startswith("cold"):
+        drop(folder)
     with Peak() as peak:
         start = clock()
         jobs[operation]()
@@ -147,7 +162,8 @@ def measure(folder: Path, operation: str, clock: Callable[[], float]) -> dict[st
     return {"seconds": seconds, "MB": (peak.highest - peak.before) / 1e6}
 
 
-OPERATIONS = ("open", "verify", "exclude", "factor", "attribute", "scan", "read", "product")
+COLD = ("cold attribute", "cold scan", "cold read") if hasattr(os, "posix_fadvise") else ()
+OPERATIONS = ("open", "verify", "exclude", "factor", "attribute", "scan", "read", "product", *COLD)
 
 
 def main() -> None:
@@ -185,8 +201,11 @@ def main() -> None:
             shown = " | ".join(f"{seconds:.3g} s, {mb:.0f} MB" for seconds, mb in cells.values())
             print(f"| {operation} | {shown} | {slope:.2f} |")
         for count in options.rows:
-            rate = {operation: 4e-9 * DIM * count / table[operation][count][0] for operation in ("scan", "read")}
-            print(f"{count:,} rows: scan {rate['scan']:.2f} GB/s, plain read {rate['read']:.2f} GB/s", flush=True)
+            rate = {name: 4e-9 * DIM * count / cells[count][0] for name, cells in table.items()}
+            for name in ("attribute", "scan", *COLD[:-1]):
+                read = "cold read" if name in COLD else "read"
+                shown = f"{rate[name]:.2f} GB/s, {read} {rate[read]:.2f} GB/s, ratio {rate[name] / rate[read]:.2f}"
+                print(f"{count:,} rows: {name} {shown}", flush=True)
 
 
 if __name__ == "__main__":
