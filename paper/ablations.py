@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from comparison import DIM, DRAWS, TIMES, Side, Subject, at_end, curvature_rows, halves, inverses
+from comparison import DIM, DRAWS, TIMES, Side, Subject, at_end, curvature_rows, halves, inverses, two_points
 from ground_truth import PAPER
 
 from influence import diffusion, finetuning, keys, metrics
@@ -80,6 +80,31 @@ def plain(subject: Subject) -> np.ndarray:
     return scores(subject.mean_phi(subject.query, "loss"), np.asarray(train), inverse(psi, lam))
 
 
+def end_query(subject: Subject) -> np.ndarray:
+    """`two-point` with the query's gradient of the end in both steps."""
+    asked, half, _, half_late = two_points(subject)
+    factored = inverse(np.asarray(curvature_rows(subject)[1]), 2 * subject.lam)
+    once = solve(factored, torch.tensor(asked))
+    tau = once.numpy() @ half.T.astype(float)
+    return (tau + factored.damping * solve(factored, once).numpy() @ half_late.T.astype(float)) / len(half)
+
+
+def slopes(subject: Subject, tau: np.ndarray, masks: np.ndarray, outcome: np.ndarray) -> tuple[float, float]:
+    """Of trained queries: outcome on the scores of the other images, and on the picture's own; medians over queries."""
+    names = [Path(item.file_name).name for item in subject.truth.items]
+    found = []
+    for q, query in enumerate(subject.truth.queries):
+        if query.kind != "trained":
+            continue
+        own = names.index(Path(query.path).name)
+        member = masks[:, own].astype(float)
+        others = masks.astype(float) @ tau[q] - member * tau[q, own]
+        columns = np.stack([others, member * tau[q, own]], 1)
+        found.append(np.linalg.lstsq(columns - columns.mean(0), outcome[:, q] - outcome[:, q].mean(), rcond=None)[0])
+    others, own = np.median(found, 0)
+    return float(others), float(own)
+
+
 def checkpoints(subject: Subject) -> dict[float, tuple[np.ndarray, np.ndarray]]:
     """φ of queries and images under the weights at parts of the fine-tune's steps.
 
@@ -126,6 +151,7 @@ def lines(subject: Subject) -> Iterator[Line]:
     h = inverse(psi, lam)
     yield "default", f"k = {DIM}, {len(psi)} rows, λ = {lam / unit:.2g} tr(H)/k", scores(mean, train, h)
     yield "way", "two steps", np.load(subject.folder / "scores-two-point.npy")[TIMES.index(1.0)]
+    yield "way", "two steps, the query's gradient of the end in both", end_query(subject)
     yield "metric", "plain, with a λ of its own", plain(subject)
     for dim in (DIM // 2, DIM // 4, DIM // 8):
         yield "k", str(dim), scores(folded(mean, dim), folded(train, dim), inverse(folded(psi, dim), lam))
@@ -166,11 +192,16 @@ def main() -> None:
     masks, by_seed, kinds = halves(subject.truth)
     outcome = by_seed.mean(0)
     named = list(dict.fromkeys(kinds))
-    text = ["| changed | to | " + " | ".join(named) + " |", "|" + "---|" * (2 + len(named))]
+    text = [
+        "| changed | to | " + " | ".join(named) + " | slope: other images, the picture itself |",
+        "|" + "---|" * (3 + len(named)),
+    ]
     print(*text, sep="\n", flush=True)
     for what, value, tau in lines(subject):
         each = metrics.correlations(metrics.predictions(tau, masks), outcome)
-        text.append(f"| {what} | {value} | " + " | ".join(f"{100 * each[kinds == k].mean():.1f}" for k in named) + " |")
+        slope = " / ".join(f"{value:.2f}" for value in slopes(subject, tau, masks, outcome))
+        cells = " | ".join(f"{100 * each[kinds == k].mean():.1f}" for k in named)
+        text.append(f"| {what} | {value} | {cells} | {slope} |")
         print(text[-1], flush=True)
     (PAPER / "results" / f"{options.truth}-ablations.md").write_text("\n".join(text) + "\n", encoding="utf-8")
 
