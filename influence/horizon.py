@@ -44,27 +44,36 @@ def second_moments(
         seed: Key of the timesteps and the noise.
 
     Raises:
-        GradientError: A gradient is not finite.
+        GradientError: No batch has finite gradients.
     """
     v: dict[str, Tensor] = {}
     for part, denoiser in points:
-        parameters = denoiser.parameters
-        asked = [parameter.requires_grad for parameter in parameters.values()]
-        try:
-            for parameter in parameters.values():
-                parameter.requires_grad_(True)
-            for number, (x0, cond) in enumerate(batches):
-                weight = part / len(batches) * len(x0) / batch_size
-                for name, gradient in zip(parameters, _gradient(denoiser, x0, cond, (seed, number)), strict=True):
-                    square = gradient.float().square().mul_(weight)
-                    v[name] = v[name].add_(square) if name in v else square
-        finally:
-            for parameter, before in zip(parameters.values(), asked, strict=True):
-                parameter.requires_grad_(before)
-    for name, value in v.items():
-        if not bool(value.sum().isfinite()):
-            raise GradientError(f"the squared gradients of {name} are not finite; expected finite weights and pictures")
+        for name, mean in _mean_squares(denoiser, batches, batch_size, seed).items():
+            v[name] = v[name].add_(mean, alpha=part) if name in v else mean.mul_(part)
     return v
+
+
+def _mean_squares(denoiser: Denoiser, batches: Batches, batch_size: int, seed: int) -> dict[str, Tensor]:
+    """Of the gradients of batches at one point; those with an image that has no finite gradient do not count."""
+    parameters, total, count = denoiser.parameters, {}, 0
+    asked = [parameter.requires_grad for parameter in parameters.values()]
+    try:
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        for number, (x0, cond) in enumerate(batches):
+            gradients = _gradient(denoiser, x0, cond, (seed, number))
+            squares = [gradient.float().square().mul_(len(x0) / batch_size) for gradient in gradients]
+            if not all(bool(square.sum().isfinite()) for square in squares):
+                continue  # the image is refused by name when its own features are taken
+            count += 1
+            for name, square in zip(parameters, squares, strict=True):
+                total[name] = total[name].add_(square) if name in total else square
+    finally:
+        for parameter, before in zip(parameters.values(), asked, strict=True):
+            parameter.requires_grad_(before)
+    if not count:
+        raise GradientError("no batch of training images has finite gradients; expected finite weights and pictures")
+    return {name: value.div_(count) for name, value in total.items()}
 
 
 _FLOOR = 1e-3

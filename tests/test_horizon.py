@@ -87,6 +87,8 @@ def test_parameters_are_left_as_they_were_and_a_model_without_gradients_is_refus
     infinite = [(torch.full((4, 3, 8, 8), float("inf")), None)]
     with pytest.raises(GradientError, match="expected finite weights and pictures"):
         horizon.second_moments([(1.0, denoiser)], infinite, batch_size=6, seed=0)
+    some = horizon.second_moments([(1.0, denoiser)], [*infinite, *batches()], batch_size=6, seed=0)
+    assert all(bool(value.isfinite().all()) for value in some.values())
     zero = {"a": torch.zeros(2)}
     for made in (horizon.tensor_scales, horizon.mean_along_gradients):
         with pytest.raises(GradientError, match="all gradients are zero"):
