@@ -118,7 +118,8 @@ def errors(*batches: Float[np.ndarray, "_ *shape"]) -> Errors:
     The variance of a mean of b equal batches is estimated by Σ (τ_b − τ̄)² / (b(b − 1)): without bias as far as all
     batches have the same expectation, and too high by what their expectations differ by, never too low. Those of the
     query's draws and of the training image's add up (τ is linear in each), with the degrees of freedom of Welch (1947).
-    The product of both errors is counted twice, which is small and on the safe side.
+    The product of both errors is counted twice, which is on the safe side: little of the variance with strong damping,
+    a third of it or more with weak damping.
 
     Args:
         batches: For each kind of draws, the score with one batch in place of all: batches first.
