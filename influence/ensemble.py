@@ -61,6 +61,7 @@ def combined(parts: Sequence[Scored], k: int | None) -> Scored:
         first.queries,
         loss=np.mean([part.queries.loss for part in parts], axis=0, dtype=np.float32),
         loss_base=_mean_or_none([part.queries.loss_base for part in parts]),
+        gain=_mean_or_none([part.queries.gain for part in parts]),
         bits=_mean_or_none([part.queries.bits for part in parts]),
     )
     table = _ranked(_tested(table, first, controls), first.queries.paths, k)[COLUMNS]

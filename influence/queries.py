@@ -34,8 +34,10 @@ class Queries:
     """Training loss under the fine-tuned model, by batch of draws; one batch if they cannot be divided."""
     loss_base: Float32[np.ndarray, "queries parts"] | None
     """Under the base, on the same draws; `None` if the base is not known."""
-    bits: Float64[np.ndarray, "queries parts"] | None = None
-    """What the fine-tune gained, in bits per dimension of the evidence bound; `None` if the base is not known."""
+    gain: Float64[np.ndarray, "queries draws"] | None = None
+    """What the fine-tune took off the loss, draw by draw; `None` if the base is not known."""
+    bits: Float64[np.ndarray, "queries draws"] | None = None
+    """The same in bits per dimension of the evidence bound."""
     beside: Mapping[str, tuple[Float32[np.ndarray, "queries k"], Float32[np.ndarray, "queries batches k"]]] = field(
         default_factory=dict
     )
@@ -78,7 +80,7 @@ def read_queries(
     """
     channels, height, width = loaded.denoiser.image_size
     recipe = replace(loaded.recipe, role="query", output=family, curvature_rate=0.0)
-    ids, taken, losses, losses_base, bits = [], [], [], [], []
+    ids, taken, losses, losses_base, gains, bits = [], [], [], [], [], []
     taken_beside: dict[str, list[Features]] = {family: [] for family in beside or {}}
     of_base = None if base is None else replace(recipe, parameters=base.parameters)
     for done, (path, prompt) in enumerate(zip(paths, prompts, strict=True)):
@@ -101,7 +103,8 @@ def read_queries(
             start, _ = _losses(base, of_base, ids[-1], pixels, prompt)
             losses_base.append(features.by_batch(start))
             unit = diffusion.bits(recipe.schedule, torch.from_numpy(t)).numpy()
-            bits.append(features.by_batch(unit * (start.astype(np.float64) - after)))
+            gains.append(start.astype(np.float64) - after)
+            bits.append(unit * gains[-1])
         for family, of in (beside or {}).items():
             of_beside = replace(recipe, parameters=of.denoiser.parameters)
             taken_beside[family].append(take_arrays(of.denoiser, of_beside, ids[-1:], [pixels], [prompt]))
@@ -114,6 +117,7 @@ def read_queries(
         phi_batch=np.concatenate([found.phi_batch for found in taken]),
         loss=np.stack(losses),
         loss_base=np.stack(losses_base) if base is not None else None,
+        gain=np.stack(gains) if base is not None else None,
         bits=np.stack(bits) if base is not None else None,
         beside={
             family: (np.concatenate([part.phi for part in parts]), np.concatenate([part.phi_batch for part in parts]))

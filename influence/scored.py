@@ -156,12 +156,12 @@ def query_rows(asked: Queries) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"query": query, "query_id": asked.item_ids[q], "prompt": asked.prompts[q]}
         row["loss_finetuned"] = float(asked.loss[q].mean())
         row |= dict.fromkeys(("loss_base", "gain", "gain_se", "gain_p", "gain_bits", "gain_bits_se"))
-        if asked.loss_base is not None and asked.bits is not None:
-            gain, bits = asked.loss_base[q].astype(float) - asked.loss[q], asked.bits[q]
+        if asked.loss_base is not None and asked.gain is not None and asked.bits is not None:
+            gain, bits = asked.gain[q], asked.bits[q]
             row |= {"loss_base": float(asked.loss_base[q].mean()), "gain": float(gain.mean())}
             row["gain_bits"] = float(bits.mean())
-            if len(gain) > 1:
-                errors = significance.errors(np.stack([gain, bits], axis=1))
+            if len(gain) % 2 == 0 and len(gain) > 2:
+                errors = significance.stratified_errors(np.stack([gain, bits], axis=1))
                 se, dof = float(errors.se[0]), float(errors.dof[0])
                 row |= {"gain_se": se, "gain_p": significance.above_zero(float(gain.mean()), se, dof)}
                 row["gain_bits_se"] = float(errors.se[1])

@@ -137,6 +137,23 @@ def errors(*batches: Float[np.ndarray, "_ *shape"]) -> Errors:
     return Errors(np.sqrt(total), dof)
 
 
+def stratified_errors(draws: Float[np.ndarray, "draws *shape"]) -> Errors:
+    """Standard error of a mean over stratified antithetic draws, from what neighbouring pairs differ by.
+
+    The mean m_p of a pair varies with t; the mean over all strata does not vary with that, and differences of
+    neighbours hardly: Σ_p (m_{p+1} − m_p)² / (2 P (P − 1)) over P pairs (von Neumann, 1941; for systematic samples
+    Wolter, 1984). Of batches of draws (`errors`) each has less of the schedule, and their spread has a part of the
+    trend. Neighbouring differences overlap, and P − 1 of them have the freedom of two thirds as many.
+
+    Args:
+        draws: Values in the order of their strata, an even number of them.
+    """
+    pairs = draws.reshape(-1, 2, *draws.shape[1:]).mean(1)
+    count = len(pairs)
+    variance = np.square(np.diff(pairs, axis=0)).sum(0) / (2 * count * (count - 1))
+    return Errors(np.sqrt(variance), np.full(variance.shape, max(2 * (count - 1) / 3, 1.0)))
+
+
 def difference(variance: float, n: float, other_variance: float, other_n: float) -> Errors:
     """Standard error of a difference of two means, with the degrees of freedom of Welch (1947)."""
     a, b = variance / n, other_variance / other_n

@@ -39,7 +39,7 @@ def verdict(
         near_copy: Whether the picture is nearly a training picture: looks, whatever its influence.
         loss: Of the picture, under the fine-tuned model.
         gain: Loss under the base less that under the fine-tune; `None` if the base is not known.
-        gain_p: One-sided p-value of a gain above 0, from batches of draws.
+        gain_p: One-sided p-value of a gain above 0, from neighbouring draws.
         control_losses: The same losses of the controls.
         control_gains: The same gains of the controls; empty if the base is not known.
         creator_q: q-values of the creators' totals; empty without controls.

@@ -5,7 +5,8 @@ import pytest
 from scipy import stats
 
 from influence import curvature as curvatures
-from influence import significance
+from influence import keys, significance
+from influence.diffusion import batch_of
 
 RNG = np.random.Generator(np.random.PCG64(0))
 
@@ -181,3 +182,18 @@ def test_feature_leverage_is_the_hat_matrix_of_ridge_regression():
     factored = curvatures.curvature([(phi, np.ones(len(phi)))], dim=12, damping=0.1, num_rows=len(phi))
     hat = phi @ np.linalg.solve(phi.T @ phi + len(phi) * factored.damping * np.eye(12), phi.T)
     np.testing.assert_allclose(curvatures.feature_leverage(factored, torch.tensor(phi)), np.diag(hat), rtol=1e-4)
+
+
+def test_the_error_of_a_stratified_mean_is_without_the_trend_over_the_strata():
+    repeats, draws = 4000, 64
+    noise = keys.normal(("stratified", repeats), (draws, repeats)).astype(float)
+    t = np.arange(draws)[:, None] / draws
+    values = 3 * (1 - t) ** 3 + (0.5 + t) * noise  # noise that is not the same everywhere
+    exact = float(np.sqrt(((0.5 + t) ** 2).sum()) / draws)
+    found = significance.stratified_errors(values)
+    assert np.sqrt(np.square(found.se).mean()) == pytest.approx(exact, rel=0.05)
+    low, high = found.interval(values.mean(0))
+    truth = float((3 * (1 - t) ** 3).mean())
+    assert 0.93 <= ((low <= truth) & (truth <= high)).mean() <= 0.97
+    by_batches = significance.errors(np.stack([values[batch_of(draws) == b].mean(0) for b in range(8)]))
+    assert np.square(found.se).mean() < np.square(by_batches.se).mean()
