@@ -30,7 +30,7 @@ from influence.waypoints import LATE
 
 DIM, DRAWS, QUERY_DRAWS = 32768, 40, 128
 TIMES = (0.1, 0.3, 1.0, 3.0, 10.0)  # λ of our own methods, in units of the default
-DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 RHOS = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
 DEFAULT, TWO_POINT = "gauss-newton, default", "two-point, default"
 Scores = np.ndarray
