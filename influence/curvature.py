@@ -154,12 +154,15 @@ MAX_LEVERAGE = 0.9
 def leverage(
     curvature: Curvature,
     phi: Float[Tensor, "images k"],
+    solved: Float64[Tensor, "images k"],
     psi: Float[Tensor, "rows k"],
     psi_item: Int[Tensor, " rows"],
     num_train: float,
     own: Float64[Tensor, " rows"] | None = None,
 ) -> Float64[Tensor, " images"]:
     """h: by which part a training image's score is smaller than if the model had not been trained on it.
+
+    `solved` is (H + λI)⁻¹ φ_i of each, as `solve` gives it.
 
     Let G = E[ψψᵀ] be the curvature of image i alone, 1/N of which is in H. Training without it ends, to second order,
     at a point where its gradient is (I − G (H + λI)⁻¹ / N)⁻¹ φ_i (Woodbury). Of this operator h takes the part along
@@ -174,7 +177,6 @@ def leverage(
 
     Where H is made of the features themselves (TRAK) there is a closed form, φ_iᵀ (ΦᵀΦ + λI)⁻¹ φ_i: `feature_leverage`.
     """
-    solved = solve(curvature, phi)
     score = (phi.double() * solved).sum(1)
     inside = 1 - (quadratic(curvature, psi) / curvature.rows if own is None else own)
     inside = inside.clamp(min=1 - MAX_LEVERAGE)

@@ -12,6 +12,7 @@ from jaxtyping import Float64
 from influence import curvature as curvatures
 from influence.curvature import Curvature
 from influence.scoring import Groups, Method
+from influence.shards import ShardContent
 from influence.store import Store
 
 DAMPING = 0.1
@@ -77,6 +78,21 @@ def solver(made: Store, method: Method, damping: float | None) -> Curvature:
     return made_now
 
 
+_TOGETHER = 256  # images: each solve of the dual reads Ψ twice
+
+
+def _together(blocks: Iterator[ShardContent]) -> Iterator[list[ShardContent]]:
+    """Shards in groups of some hundred images."""
+    group: list[ShardContent] = []
+    for content in blocks:
+        group.append(content)
+        if sum(len(one.item_ids) for one in group) >= _TOGETHER:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
 def leverages(
     made: Store, method: Method, damping: float | None, factored: Curvature | None, groups: Groups
 ) -> Float64[np.ndarray, " images"]:
@@ -90,18 +106,23 @@ def leverages(
     h = np.full(len(groups.ids), np.nan)
     own = curvatures.own_parts(factored) if method.curvature == "psi" else None
     weight, seen = _weights(made), 0
-    for content in made.blocks(method.family):
-        phi = torch.tensor(content.phi)
+    for contents in _together(made.blocks(method.family)):
+        phi = torch.from_numpy(np.concatenate([content.phi for content in contents]))
         if method.curvature == "phi":
-            found = curvatures.feature_leverage(factored, phi)
-        else:
+            ids = [item_id for content in contents for item_id in content.item_ids]
+            h[groups.places(ids)] = curvatures.feature_leverage(factored, phi).numpy()
+            continue
+        solved = curvatures.solve(factored, phi).split([len(content.phi) for content in contents])
+        for content, own_solved in zip(contents, solved, strict=True):
             psi, item = torch.tensor(content.psi), torch.tensor(content.psi_item).long()
             parts = None
             if own is not None:  # rows of Ψ are those of the shards, in order, multiplied by the root of their weight
                 parts = own[seen : seen + len(psi)] / torch.tensor(weight[content.item_ids].to_numpy())[item]
             seen += len(psi)
-            found = curvatures.leverage(factored, phi, psi, item, float(groups.files.sum()), parts)
-        h[groups.places(content.item_ids)] = found.numpy()
+            found = curvatures.leverage(
+                factored, torch.tensor(content.phi), own_solved, psi, item, float(groups.files.sum()), parts
+            )
+            h[groups.places(content.item_ids)] = found.numpy()
     h = np.where(np.isnan(h), np.nanmean(h), h)  # images without curvature rows
     weights = np.asarray(groups.files.sum(1)).ravel()
     h = np.minimum(h * weights, curvatures.MAX_LEVERAGE)

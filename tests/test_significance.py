@@ -153,7 +153,7 @@ def test_leverage_leaves_each_curvature_row_out_of_itself_and_is_the_mean_over_r
     item = torch.cat([torch.arange(30), torch.arange(29, -1, -1)])
     phi = torch.tensor(np.random.Generator(np.random.PCG64(5)).normal(size=(30, 8)).astype(np.float32))
     factored = curvatures.curvature([(psi.numpy(), np.ones(60))], dim=8, damping=0.2, num_rows=60)
-    found = curvatures.leverage(factored, phi, psi, item, 30.0).numpy()
+    found = curvatures.leverage(factored, phi, curvatures.solve(factored, phi), psi, item, 30.0).numpy()
     h = psi.double().T @ psi.double() / 60 + factored.damping * torch.eye(8)
     for i in range(30):
         parts = []
