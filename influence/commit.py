@@ -106,7 +106,11 @@ def aside(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
     finally:
-        drop(temporary)
+        try:
+            drop(temporary)
+        except BaseException:  # a signal to stop came at this very moment
+            drop(temporary)
+            raise
 
 
 def drop(path: Path) -> None:

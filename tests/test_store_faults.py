@@ -244,3 +244,18 @@ def test_whichever_call_fails_while_a_store_is_read_the_error_is_typed_and_no_va
         if faults.seen < number:
             break
     assert faults.seen < number and failed > 20
+
+
+def test_a_signal_in_the_middle_of_a_removal_leaves_no_file(tmp_path, monkeypatch):
+    real, dropped = commit.drop, []
+
+    def drop(path):
+        dropped.append(path)
+        if len(dropped) == 1:
+            raise KeyboardInterrupt
+        real(path)
+
+    monkeypatch.setattr(commit, "drop", drop)
+    with pytest.raises(KeyboardInterrupt), commit.aside(tmp_path / "tmp") as path:
+        path.write_bytes(b"x")
+    assert dropped == [path, path] and not list((tmp_path / "tmp").iterdir())
