@@ -248,7 +248,9 @@ def settled(
             message(f"store {path.name} keeps the damping that it was made with: --recipe is not read again")
         kept = {name: made.source.get(name) for name in ("scales", "damping")}
         if options.dim is None:
-            options = replace(options, dim=made.spec.dim, projection=made.spec.projection)
+            options = replace(options, dim=made.spec.dim)
+            if made.spec.projection == "identity" and options.projection == "countsketch":  # as `with_dim` chose
+                options = replace(options, projection="identity")
         if metric == "plain" and kept["scales"] is not None:
             raise OptionError(
                 f"store {path.name} is in the metric of AdamW; leave out --metric, or build another store"

@@ -163,3 +163,13 @@ def test_a_store_takes_both_from_the_recipe_beside_the_model_and_uses_them(tmp_p
         influence.build(data, store=tmp_path / "store", metric="plain", **options)
     with pytest.raises(OptionError, match="metric 'sgd' is unknown; expected adamw or plain"):
         influence.build(data, store=tmp_path / "other", metric="sgd", **options)
+
+
+def test_a_build_that_goes_on_takes_k_from_the_store_and_refuses_another_projection(tmp_path):
+    model, data = tiny_ddpm(tmp_path / "model"), pictures(tmp_path / "data", count=3, size=8, captions=False)
+    made = influence.build(data, model=model, store=tmp_path / "s", draws=4, metric="plain")
+    parameters = sum(p.numel() for p in models.load_denoiser(model).parameters.values())
+    assert (made.spec.projection, made.spec.dim) in {("identity", parameters), ("countsketch", 32768)}
+    assert influence.build(data, model=model, store=tmp_path / "s", draws=4, metric="plain").spec == made.spec
+    with pytest.raises(influence.SpecMismatchError, match="projection is rademacher"):
+        influence.build(data, model=model, store=tmp_path / "s", draws=4, metric="plain", projection="rademacher")
