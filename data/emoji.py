@@ -6,11 +6,12 @@ The drawings are fetched by `npm pack` from the pinned packages below and raster
 0.5.0 was used); neither they nor the pictures are kept in the repository:
 
     python data/emoji.py --out emoji --size 32 --count 100
+    python data/emoji.py --out people --size 32 --count 164 --people
     python data/emoji.py --out others --size 32 --others
 
 Concepts are those that all four studios drew under the same name, less symbols and flags (whose look is prescribed) and
 people (whose variants differ in number); they are taken in the order of the SHA-256 of their names, so that a smaller
-`--count` gives a subset.
+`--count` gives a subset. `--people` takes people and parts of the body instead, without the variants for men and women.
 """
 
 import argparse
@@ -39,6 +40,9 @@ CATEGORIES = (
     "Travel & Places",
 )
 """Noto's categories of which concepts are taken."""
+
+PEOPLE = "People & Body"
+"""The category that `--people` takes."""
 
 OTHER_CATEGORIES = ("Activities", "Food", "Nature", "Objects", "Places", "Travel")
 """The same in the catalogues of the other studios."""
@@ -125,10 +129,13 @@ def fetch(package: Package, folder: Path) -> Studio:
     return Studio(package.name, info["author"]["name"], info["license"]["spdx"], icons, categories)
 
 
-def concepts(studios: list[Studio], count: int) -> list[str]:
+def concepts(studios: list[Studio], count: int, people: bool) -> list[str]:
     """The first `count` concepts that all studios drew, in the order of the SHA-256 of their names."""
     common = set.intersection(*(drawable(studio, studio.icons["icons"]) for studio in studios))
-    common &= {name for category in CATEGORIES for name in studios[0].categories[category]}
+    categories = (PEOPLE,) if people else CATEGORIES
+    common &= {name for category in categories for name in studios[0].categories[category]}
+    if people:
+        common = {name for name in common if not name.startswith(("man-", "woman-"))}
     if count > len(common):
         raise SystemExit(f"--count is {count}; expected at most {len(common)}, the concepts that all studios drew")
     return sorted(common, key=lambda name: hashlib.sha256(name.encode()).digest())[:count]
@@ -163,6 +170,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--size", type=int, default=32, help="width and height in pixels (default: 32)")
     parser.add_argument("--count", type=int, default=100, help="concepts of each studio (default: 100)")
+    parser.add_argument("--people", action="store_true", help="people and parts of the body instead")
     parser.add_argument("--others", action="store_true", help="the other studios' drawings, all of them")
     parser.add_argument("--tarballs", type=Path, help="folder that keeps the packages (default: a temporary one)")
     options = parser.parse_args()
@@ -180,7 +188,7 @@ def main() -> None:
             for studio in studios
         }
     else:
-        chosen = dict.fromkeys((studio.slug for studio in studios), concepts(studios, options.count))
+        chosen = dict.fromkeys((studio.slug for studio in studios), concepts(studios, options.count, options.people))
     (options.out / "images").mkdir(parents=True, exist_ok=True)
     with (options.out / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")

@@ -1,6 +1,6 @@
 """Scans of a store: every block of features is read once, for all queries together."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -157,13 +157,18 @@ def with_errors(
     table: pd.DataFrame,
     creators: Creators,
 ) -> tuple[pd.DataFrame, Creators]:
-    """Scan again, with batches of draws: standard errors of the listed scores, and what totals vary by."""
+    """Scan again, with batches of draws: standard errors of the listed scores, and what totals vary by.
+
+    For totals, whose error is the query's for the most part, the product of both errors is left in either.
+    """
     batches, count = parts.shape[:2]
     by_batch = np.zeros((batches, *creators.totals.shape))
     variance = np.zeros(creators.totals.shape) if made.build["batches"] else np.full(creators.totals.shape, np.nan)
     listed = [set(table.loc[table["number"] == q, "item_id"]) for q in range(count)]
+    anywhere = set.union(*listed)
     found: dict[tuple[int, str], tuple[float, float]] = {}
-    flat, columns = parts.flatten(0, 1), np.ascontiguousarray(v.float().numpy().T)
+    flat = parts.flatten(0, 1)
+    columns, columns_batches = (np.ascontiguousarray(part.float().numpy().T) for part in (v, flat))
     for content in ahead(blocks(made, method, batches=True), lambda content: content.phi if batches else ()):
         ids, n = content.item_ids, len(content.item_ids)
         here = groups.places(ids)
@@ -171,23 +176,35 @@ def with_errors(
         if batches:
             ((_, one_query),) = scoring.scores(method, flat, [(ids, content.phi)])
         one_query = one_query.reshape(batches, count, n)
-        sides = np.split(columns, np.cumsum([part.shape[1] for part in content.phi])[:-1])
+        sizes = [part.shape[1] for part in content.phi]
+        chosen = np.flatnonzero([item_id in anywhere for item_id in ids])
         one_train = np.empty((len(content.batches), count, n))
-        for b, rows in enumerate(content.batches):
-            one_train[b] = sum(part @ side for part, side in zip(rows, sides, strict=True)).T
+        one_each = np.empty((batches, len(content.batches), count, len(chosen)))
+        for c, rows in enumerate(content.batches):
+            one_train[c] = _product(rows, columns, sizes).T
+            each = _product([part[chosen] for part in rows], columns_batches, sizes)
+            one_each[:, c] = each.T.reshape(batches, count, len(chosen))
         if method.cosine:
-            one_train /= np.linalg.norm(content.phi[0], axis=1)
+            norms = np.linalg.norm(content.phi[0], axis=1)
+            one_train /= norms
+            one_each /= norms[chosen]
         for b in range(batches):
             by_batch[b] += scoring.group_totals(groups, here, one_query[b] / (1 - h[here]))
         if len(one_train):
             spread = (one_train / (1 - h[here])).var(0, ddof=1) / len(one_train)
             variance += (groups.files[here].power(2).T @ spread.T).T
-        errors = significance.errors(one_query, one_train)
+        errors = significance.errors(one_each)
         for q in range(count):
-            for i in np.flatnonzero([item_id in listed[q] for item_id in ids]):
-                found[q, ids[i]] = float(errors.se[q, i]), float(errors.dof[q, i])
+            for place, i in enumerate(chosen):
+                if ids[i] in listed[q]:
+                    found[q, ids[i]] = float(errors.se[q, place]), float(errors.dof[q, place])
     pairs = np.array([found[q, item_id] for q, item_id in zip(table["number"], table["item_id"], strict=True)])
     errors = significance.Errors(*(pairs.reshape(-1, 2).T))
     low, high = errors.interval(table["score"].to_numpy())
     table = table.assign(score_se=errors.se, score_low=low, score_high=high)
     return table, replace(creators, by_batch=by_batch, train_variance=variance)
+
+
+def _product(rows: Sequence[np.ndarray], columns: np.ndarray, sizes: list[int]) -> np.ndarray:
+    """Of features in one array or in two side by side with columns: [rows, columns]."""
+    return sum(part @ side for part, side in zip(rows, np.split(columns, np.cumsum(sizes)[:-1]), strict=True))

@@ -112,28 +112,33 @@ class Errors:
         return value - half, value + half
 
 
-def errors(*batches: Float[np.ndarray, "_ *shape"]) -> Errors:
-    """Standard error of a score from its values over disjoint batches of draws, for each independent kind of draws.
+def errors(tau: Float[np.ndarray, "query_batches train_batches *shape"]) -> Errors:
+    """Standard error of a score from its values over disjoint batches of draws of either picture.
 
-    The variance of a mean of b equal batches is estimated by Σ (τ_b − τ̄)² / (b(b − 1)): without bias as far as all
-    batches have the same expectation, and too high by what their expectations differ by, never too low. Those of the
-    query's draws and of the training image's add up (τ is linear in each), with the degrees of freedom of Welch (1947).
-    The product of both errors is counted twice, which is on the safe side: little of the variance with strong damping,
-    a third of it or more with weak damping.
+    τ_bc, with batch b of the query's draws and batch c of the training image's, is linear in each, and so its mean has
+    three independent errors: the query's, the training image's, and the product of both, which is much of the variance
+    with weak damping. With B and C batches, τ̄_b over c and τ̄_c over b, two-way analysis of variance (Searle, Casella &
+    McCulloch, 1992) tells them apart:
+
+        D = Σ_bc (τ_bc − τ̄_b − τ̄_c + τ̄)² / (B C (B − 1) (C − 1))
+        A = Σ_b (τ̄_b − τ̄)² / (B (B − 1)) − D,   A' = Σ_c (τ̄_c − τ̄)² / (C (C − 1)) − D,   se² = A + A' + D
+
+    A and A' are at least 0. They are without bias as far as all batches have the same expectation, and too high by what
+    their expectations differ by. Degrees of freedom as Satterthwaite (1946) has them, of the three parts.
 
     Args:
-        batches: For each kind of draws, the score with one batch in place of all: batches first.
+        tau: The score with one batch in place of all, for each pair of batches.
     """
-    shape = np.broadcast_shapes(*(part.shape[1:] for part in batches))
-    total, weighted = np.zeros(shape), np.zeros(shape)
-    for part in batches:
-        count = len(part)
-        if count < 2:
-            return Errors(np.full(shape, np.nan), np.full(shape, np.nan))
-        variance = part.var(0, ddof=1) / count
-        total = total + variance
-        weighted = weighted + variance**2 / (count - 1)
-    dof = np.divide(total**2, weighted, out=np.ones(shape), where=weighted > 0)
+    b, c = tau.shape[:2]
+    if min(b, c) < 2:
+        return Errors(*np.full((2, *tau.shape[2:]), np.nan))
+    by_query, by_train = tau.mean(1, keepdims=True), tau.mean(0, keepdims=True)
+    product = np.square(tau - by_query - by_train + tau.mean((0, 1))).sum((0, 1)) / (b * c * (b - 1) * (c - 1))
+    query = np.maximum(by_query[:, 0].var(0, ddof=1) / b - product, 0)
+    train = np.maximum(by_train[0].var(0, ddof=1) / c - product, 0)
+    total = query + train + product
+    weighted = query**2 / (b - 1) + train**2 / (c - 1) + product**2 / ((b - 1) * (c - 1))
+    dof = np.divide(total**2, weighted, out=np.ones_like(total), where=weighted > 0)
     return Errors(np.sqrt(total), dof)
 
 

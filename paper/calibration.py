@@ -1,14 +1,15 @@
 """Are the p-values, intervals and shares of answers right? On a ground truth, with controls that were never trained on.
 
     python data/emoji.py --out emoji1015 --size 16 --count 1015
+    python data/emoji.py --out people --size 16 --count 164 --people
     python paper/ground_truth.py emoji --pictures emoji16 --work work/emoji
-    python paper/calibration.py emoji --work work/emoji --pictures emoji1015
+    python paper/calibration.py emoji --work work/emoji --pictures emoji1015 people
     python paper/ground_truth.py letters --work work/letters
     python paper/calibration.py letters --work work/letters
 
-Controls of `emoji` are all concepts that are in neither the data set nor the queries; those of `letters` the held-out
-characters, and the letters of other families. The store and the features are kept in the work
-folder. Writes `paper/results/<truth>-calibration.md`.
+Controls of `emoji` are people, and all concepts that are in neither the data set nor the queries; those of `letters`
+the held-out characters, and the letters of other families. The store and the features are kept in the work folder.
+Writes `paper/results/<truth>-calibration.md`.
 """
 
 import argparse
@@ -74,34 +75,33 @@ def fonts(folder: Path) -> list[Path]:
     return sorted(found.values(), key=lambda path: path.name)
 
 
-def controls(name: str, work: Path, pictures: Path | None) -> Path:
+def controls(name: str, work: Path, pictures: list[Path]) -> Path:
     """All pictures of the same kind that are in neither the data set nor the queries."""
     out = work / "strangers"
     if (out / "metadata.csv").exists():
         return out
     if name == "emoji":
         used = {row["concept"] for part in ("dataset", "unseen") for row in rows(work / part)}
-        chosen, source = [row for row in rows(pictures) if row["concept"] not in used], pictures
+        chosen = [(folder, row) for folder in pictures for row in rows(folder) if row["concept"] not in used]
     else:
         trained = {row["creator"] for row in rows(work / "dataset")}
         letters = string.ascii_uppercase + string.ascii_lowercase + string.digits
         typefaces.render(work / "others", fonts(work / "fonts"), letters, size=32)
-        chosen, source = [row for row in rows(work / "others") if row["creator"] not in trained], work / "others"
-        for row in rows(work / "controls"):
-            shutil.copy(work / "controls" / row["file_name"], source / row["file_name"])
-            chosen.append({key: row[key] for key in chosen[0]})
+        chosen = [(work / "others", row) for row in rows(work / "others") if row["creator"] not in trained]
+        columns = list(chosen[0][1])
+        chosen += [(work / "controls", {key: row[key] for key in columns}) for row in rows(work / "controls")]
     (out / "images").mkdir(parents=True, exist_ok=True)
-    for row in chosen:
+    for source, row in chosen:
         (out / row["file_name"]).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source / row["file_name"], out / row["file_name"])
     with (out / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(chosen[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, list(chosen[0][1]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(chosen)
+        writer.writerows(row for _, row in chosen)
     return out
 
 
-def build(name: str, work: Path, pictures: Path | None) -> influence.Store:
+def build(name: str, work: Path, pictures: list[Path]) -> influence.Store:
     """The store of the fine-tune, with its controls."""
     base = PAPER / "truth" / name / "base"
     adapted = name == "letters"
@@ -257,7 +257,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("truth", choices=("emoji", "letters"))
     parser.add_argument("--work", type=Path, required=True, help="folder that ground_truth.py made")
-    parser.add_argument("--pictures", type=Path, help="what data/emoji.py --size 16 --count 1015 made")
+    parser.add_argument("--pictures", type=Path, nargs="+", default=[], help="what data/emoji.py made")
     parser.add_argument("--pairs", type=int, nargs=2, default=(10, 40), help="queries and images for coverage")
     options = parser.parse_args()
     name, work = options.truth, options.work

@@ -87,20 +87,38 @@ def test_without_controls_there_is_no_p_value():
     assert np.isnan(p).all() and np.isnan(significance.false_discovery_rates(p)).all()
 
 
-def test_intervals_cover_the_value_of_infinitely_many_draws():
-    """τ is the product of two noisy means; batches of each give its standard error."""
-    hits = 0
-    for _ in range(3000):
-        query, train = 2 + RNG.normal(size=(8, 1)), 1 + RNG.normal(size=(5, 1))
-        errors = significance.errors(query * train.mean(0), train * query.mean(0))
-        low, high = errors.interval(query.mean(0) * train.mean(0))
-        hits += bool(low[0] <= 2 <= high[0])
-    assert 0.935 <= hits / 3000 <= 0.985
+@pytest.mark.parametrize("means", [(2.0, 1.0), (0.3, 0.3), (0.0, 0.0)])
+def test_intervals_cover_the_value_of_infinitely_many_draws(means):
+    """τ is an inner product of two noisy means: with small ones, the product of both errors is all of its error, and
+    what is left of the other two, which are at least 0, makes intervals wider.
+    """
+    dim, repeats = 32, 1500
+    query, train = (mean * RNG.normal(size=dim) for mean in means)
+    queries, trains = (x + RNG.normal(size=(batches, repeats, dim)) for x, batches in ((query, 8), (train, 5)))
+    errors = significance.errors(np.einsum("brk,crk->bcr", queries, trains))
+    estimates = (queries.mean(0) * trains.mean(0)).sum(1)
+    low, high = errors.interval(estimates)
+    assert 0.92 <= ((low <= query @ train) & (query @ train <= high)).mean() <= 0.99
+    assert 0.9 <= np.square(errors.se).mean() / estimates.var(ddof=1) <= 1.75  # twice its product would be 2 at least
+
+
+def test_the_variance_of_a_score_is_that_of_the_analysis_of_variance():
+    tau = RNG.normal(size=(4, 3)) + 2 * RNG.normal(size=(4, 1)) + 3 * RNG.normal(size=(1, 3))
+    rows, columns, mean = tau.mean(1), tau.mean(0), tau.mean()
+    residual = sum((tau[b, c] - rows[b] - columns[c] + mean) ** 2 for b in range(4) for c in range(3)) / (3 * 2)
+    by_rows, by_columns = 3 * rows.var(ddof=1), 4 * columns.var(ddof=1)  # mean squares
+    expected = (by_rows + by_columns - residual) / 12
+    assert min(by_rows, by_columns) > residual
+    found = significance.errors(tau[:, :, None])
+    assert found.se[0] ** 2 == pytest.approx(expected)
+    parts = np.array([by_rows - residual, by_columns - residual, residual]) / 12
+    assert found.dof[0] == pytest.approx(expected**2 / (parts**2 / [3, 2, 6]).sum())
 
 
 def test_standard_errors_need_two_batches_of_each_kind():
-    errors = significance.errors(np.ones((3, 4)), np.ones((1, 4)))
-    assert np.isnan(errors.se).all() and np.isnan(errors.interval(np.ones(4))[0]).all()
+    for b, c in ((3, 1), (1, 3), (0, 3)):
+        errors = significance.errors(np.ones((b, c, 4)))
+        assert errors.se.shape == (4,) and np.isnan(errors.se).all() and np.isnan(errors.interval(np.ones(4))[0]).all()
 
 
 def test_a_mean_is_tested_against_zero():
@@ -195,5 +213,5 @@ def test_the_error_of_a_stratified_mean_is_without_the_trend_over_the_strata():
     low, high = found.interval(values.mean(0))
     truth = float((3 * (1 - t) ** 3).mean())
     assert 0.93 <= ((low <= truth) & (truth <= high)).mean() <= 0.97
-    by_batches = significance.errors(np.stack([values[batch_of(draws) == b].mean(0) for b in range(8)]))
-    assert np.square(found.se).mean() < np.square(by_batches.se).mean()
+    by_batches = np.stack([values[batch_of(draws) == b].mean(0) for b in range(8)]).var(0, ddof=1) / 8
+    assert np.square(found.se).mean() < by_batches.mean()
