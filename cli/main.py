@@ -89,9 +89,7 @@ def cli() -> None:
 @click.option(
     "--metric",
     type=click.Choice(["adamw", "plain"]),
-    default="adamw",
-    show_default=True,
-    help="That in which AdamW moved, or gradients as they are.",
+    help="That in which AdamW moved, or gradients as they are.  [default: adamw]",
 )
 @click.option("--draws", type=int, default=40, show_default=True, help="Draws (t, ε) of each image.")
 @click.option("--curvature-rows", type=int, help="Curvature rows over all images.  [default: 16384]")

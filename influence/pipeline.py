@@ -37,7 +37,7 @@ def build(
     lora: str | os.PathLike[str] | None = None,
     dim: int | None = None,
     projection: str = "countsketch",
-    metric: str = "adamw",
+    metric: str | None = None,
     draws: int = 40,
     curvature_rows: int | None = None,
     seed: int = 0,
@@ -69,7 +69,8 @@ def build(
         dim: k, entries of a feature; the identity projection takes the number of parameters instead. By default 32768
             for up to some 4,000 images, 8192 for more than 9,000 or so, or what the store has.
         projection: Name in `PROJECTIONS`.
-        metric: `adamw`: gradients are compared in the metric in which AdamW moved (`horizon`); `plain`: as they are.
+        metric: `adamw`, by default: gradients are compared in the metric in which AdamW moved (`horizon`); `plain`: as
+            they are. A store that is there keeps its own.
         draws: S, draws (t, ε) of each image.
         curvature_rows: Curvature rows in all, spread over the images; 16,384 by default.
         seed: Key of the projection and of every draw.
@@ -229,7 +230,7 @@ def settled(
     options: BuildOptions,
     data: datasets.Dataset,
     source: Mapping[str, Any],
-    metric: str,
+    metric: str | None,
     recipe: str | os.PathLike[str] | None,
     message: Message,
 ) -> tuple[BuildOptions, dict[str, Any]]:
@@ -238,9 +239,9 @@ def settled(
     A store that is there already has them: features that are added to it must meet those that it has.
 
     Raises:
-        OptionError: The metric is unknown.
+        OptionError: The metric is unknown, or is not that of the store.
     """
-    if metric not in horizon.METRICS:
+    if metric not in (None, *horizon.METRICS):
         raise OptionError(f"metric {metric!r} is unknown; expected {' or '.join(horizon.METRICS)}")
     if (path / "store.json").exists():
         made = store.open_store(path)
@@ -251,11 +252,13 @@ def settled(
             options = replace(options, dim=made.spec.dim)
             if made.spec.projection == "identity" and options.projection == "countsketch":  # as `with_dim` chose
                 options = replace(options, projection="identity")
-        if metric == "plain" and kept["scales"] is not None:
+        own = "plain" if kept["scales"] is None else "adamw"
+        if metric not in (None, own):
             raise OptionError(
-                f"store {path.name} is in the metric of AdamW; leave out --metric, or build another store"
+                f"store {path.name} is in the {own} metric; --metric is {metric}; leave it out, or build another store"
             )
         return replace(options, scales=kept["scales"]), kept
+    metric = metric or "adamw"
     options = with_dim(options, denoiser, len({item.item_id for item in data.items}))
     trained = own_recipe(options, recipe)
     if trained is None:

@@ -72,7 +72,7 @@ def plan(
     for name in ("store", "workers"):
         options.pop(name, None)
     start = time.perf_counter()
-    metric = options.pop("metric", horizon.METRICS[0])
+    metric = options.pop("metric", None) or "adamw"
     chosen = loading.BuildOptions(str(dataset), str(model), None if lora is None else str(lora), **options)
     denoiser = loading.network(chosen)
     data = pipeline.read(dataset, denoiser, creator_column, progress, message)

@@ -3,9 +3,11 @@
     python paper/comparison.py emoji --work work/emoji
 
 Features are kept in the work folder (about 3 GB). Every method has 80 backward passes for each training image and 256
-for each query; all that project have the same k. LDS ×100 is given at the method's own best damping on all halves (an
-oracle), and at the damping that is best on one half of the masks, scored on the other, both ways round. The defaults
-have neither: their metric and damping are those of the fine-tune's own steps (`influence/horizon.py`).
+for each query; all that project have the same k. `as built` is the default with the draws that the library has by
+itself, 40 of an image and 256 of a query at both points beside the curvature rows: 120 and 512 passes. LDS ×100 is
+given at the method's own best damping on all halves (an oracle), and at the damping that is best on one half of the
+masks, scored on the other, both ways round. The defaults have neither: their metric and damping are those of the
+fine-tune's own steps (`influence/horizon.py`).
 """
 
 import argparse
@@ -32,7 +34,7 @@ DIM, DRAWS, QUERY_DRAWS = 32768, 40, 128
 TIMES = (0.1, 0.3, 1.0, 3.0, 10.0)  # λ of our own methods, in units of the default
 DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 RHOS = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
-DEFAULT, TWO_POINT = "gauss-newton, default", "two-point, default"
+DEFAULT, TWO_POINT, AS_BUILT = "gauss-newton, default", "two-point, default", "two-point, as built"
 Scores = np.ndarray
 
 
@@ -222,37 +224,45 @@ def at_end(subject: Subject, seed: int) -> np.ndarray:
     return subject.kept(name, lambda: subject.phi(subject.query, "loss", seed, subject.metric))
 
 
-def two_points(subject: Subject) -> list[np.ndarray]:
-    """φ of queries and images at the end and at ¾ of the way: 20 draws of an image and 128 of a query at each."""
+def late(subject: Subject, seed: int) -> list[np.ndarray]:
+    """φ of queries and images at ¾ of the way: 128 draws of a query, 20 of an image."""
     sides = (subject.query, replace(subject.train, draws=DRAWS // 2))
-    end = [
-        at_end(subject, 0),
-        subject.kept("metric-half", lambda: subject.phi(sides[1], "loss", 0, subject.metric)),
-    ]
-    names = [f"metric-late-{side.role}" for side in sides]
+    names = [f"metric-late-{side.role}-{seed}" for side in sides]
     if not all((subject.folder / f"{name}.npy").exists() for name in names):
         with moved(subject, LATE):
             for name, side in zip(names, sides, strict=True):
-                subject.kept(name, lambda s=side: subject.phi(s, "loss", 1, subject.metric))
-    return [*end, *(np.load(subject.folder / f"{name}.npy") for name in names)]
+                subject.kept(name, lambda s=side: subject.phi(s, "loss", seed, subject.metric))
+    return [np.load(subject.folder / f"{name}.npy") for name in names]
+
+
+def two_points(subject: Subject) -> list[np.ndarray]:
+    """φ of queries and images at the end and at ¾ of the way: 20 draws of an image and 128 of a query at each."""
+    half = replace(subject.train, draws=DRAWS // 2)
+    end = subject.kept("metric-half", lambda: subject.phi(half, "loss", 0, subject.metric))
+    return [at_end(subject, 0), end, *late(subject, 1)]
+
+
+def two_points_as_built(subject: Subject) -> list[np.ndarray]:
+    """The same with 40 draws of an image and 256 of a query at each."""
+    phi, _ = curvature_rows(subject)
+    at_late = [sum(pair) / 2 for pair in zip(late(subject, 1), late(subject, 2), strict=True)]
+    return [(at_end(subject, 0) + at_end(subject, 1)) / 2, phi, *at_late]
 
 
 def ours(subject: Subject) -> dict[str, dict[float, Scores]]:
     """`gauss-newton` and `two-point` at multiples of their default λ, as `influence/scoring.py` has them."""
     phi, psi = curvature_rows(subject)
     asked = (at_end(subject, 0) + at_end(subject, 1)) / 2
-    end, half, late, late_half = two_points(subject)
+    points = {"two-point": two_points(subject), "as-built": two_points_as_built(subject)}
     n = len(phi)
-    found: dict[str, dict[float, Scores]] = {"gauss-newton": {}, "two-point": {}}
-    for name, steps in (("gauss-newton", 1), ("two-point", 2)):
-        factors = inverses(psi, [steps * times * subject.lam for times in TIMES])
-        for times, factored in zip(TIMES, factors, strict=True):
-            if steps == 1:
-                tau = solve(factored, torch.tensor(asked)).numpy() @ phi.T.astype(float)
-            else:
-                first = solve(factored, torch.tensor(end))
-                second = factored.damping * solve(factored, solve(factored, torch.tensor(late)))
-                tau = first.numpy() @ half.T.astype(float) + second.numpy() @ late_half.T.astype(float)
+    found: dict[str, dict[float, Scores]] = {"gauss-newton": {}, "two-point": {}, "as-built": {}}
+    for times, factored in zip(TIMES, inverses(psi, [times * subject.lam for times in TIMES]), strict=True):
+        found["gauss-newton"][times] = solve(factored, torch.tensor(asked)).numpy() @ phi.T.astype(float) / n
+    for times, factored in zip(TIMES, inverses(psi, [2 * times * subject.lam for times in TIMES]), strict=True):
+        for name, (query, train, query_late, train_late) in points.items():
+            first = solve(factored, torch.tensor(query))
+            second = factored.damping * solve(factored, solve(factored, torch.tensor(query_late)))
+            tau = first.numpy() @ train.T.astype(float) + second.numpy() @ train_late.T.astype(float)
             found[name][times] = tau / n
     return found
 
@@ -367,14 +377,15 @@ def all_scores(subject: Subject) -> dict[str, dict[float, Scores]]:
     for name, method in {"trak": trak, "d-trak": d_trak, "das": das}.items():
         kept = subject.kept(f"scores-{name}", lambda m=method: np.stack(list(m(subject).values())))
         found[name] = dict(zip(DAMPINGS, kept, strict=True))
-    names = ("gauss-newton", "two-point")
+    names = ("gauss-newton", "two-point", "as-built")
     if not all((subject.folder / f"scores-{name}.npy").exists() for name in names):
         for name, at in ours(subject).items():
             subject.kept(f"scores-{name}", lambda at=at: np.stack(list(at.values())))
-    for name, default in zip(names, (DEFAULT, TWO_POINT), strict=True):
-        kept = np.load(subject.folder / f"scores-{name}.npy")
-        found[name] = dict(zip(TIMES, kept, strict=True))
-        found[default] = {1.0: found[name][1.0]}
+    for name, default in zip(names, (DEFAULT, TWO_POINT, AS_BUILT), strict=True):
+        at = dict(zip(TIMES, np.load(subject.folder / f"scores-{name}.npy"), strict=True))
+        if default != AS_BUILT:
+            found[name] = at
+        found[default] = {1.0: at[1.0]}
     found["ek-fac"] = ekfac(subject)
     if subject.truth.recipe.lora_rank is not None:
         found["datainf"] = datainf(subject)

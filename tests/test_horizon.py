@@ -159,8 +159,10 @@ def test_a_store_takes_both_from_the_recipe_beside_the_model_and_uses_them(tmp_p
     assert faster.source["damping"] == pytest.approx(made.source["damping"] / 2)
     by_entry = influence.build(data, store=tmp_path / "plain", recipe=other, metric="plain", **options)
     assert 0 < by_entry.source["damping"] != faster.source["damping"] and by_entry.source["scales"] is None
-    with pytest.raises(OptionError, match="store store is in the metric of AdamW; leave out --metric"):
+    with pytest.raises(OptionError, match="store store is in the adamw metric; --metric is plain; leave it out"):
         influence.build(data, store=tmp_path / "store", metric="plain", **options)
+    with pytest.raises(OptionError, match="store plain is in the plain metric; --metric is adamw; leave it out"):
+        influence.build(data, store=tmp_path / "plain", recipe=other, metric="adamw", **options)
     with pytest.raises(OptionError, match="metric 'sgd' is unknown; expected adamw or plain"):
         influence.build(data, store=tmp_path / "other", metric="sgd", **options)
 
@@ -171,5 +173,6 @@ def test_a_build_that_goes_on_takes_k_from_the_store_and_refuses_another_project
     parameters = sum(p.numel() for p in models.load_denoiser(model).parameters.values())
     assert (made.spec.projection, made.spec.dim) in {("identity", parameters), ("countsketch", 32768)}
     assert influence.build(data, model=model, store=tmp_path / "s", draws=4, metric="plain").spec == made.spec
+    assert influence.build(data, model=model, store=tmp_path / "s", draws=4).spec == made.spec
     with pytest.raises(influence.SpecMismatchError, match="projection is rademacher"):
         influence.build(data, model=model, store=tmp_path / "s", draws=4, metric="plain", projection="rademacher")
