@@ -340,8 +340,10 @@ def _conv2d(module: nn.Conv2d, x: Tensor, grad: Tensor, group: int) -> Gradients
 def _conv2d_by_group(module: nn.Conv2d, x: Tensor, grad: Tensor, group: int) -> Tensor:
     """The library's own weight gradient, once for each group: on a CPU several times faster than unfolding."""
     rest = (None, module.stride, module.padding, module.dilation, False, (0, 0), module.groups, (False, True, False))
-    parts = zip(grad.split(group), x.split(group), strict=True)
-    return torch.stack([torch.ops.aten.convolution_backward(g, rows, module.weight, *rest)[1] for g, rows in parts])
+    found = grad.new_empty(len(grad) // group, *module.weight.shape)
+    for i, (g, rows) in enumerate(zip(grad.split(group), x.split(group), strict=True)):
+        found[i] = torch.ops.aten.convolution_backward(g, rows, module.weight, *rest)[1]
+    return found
 
 
 def _conv2d_by_unfold(module: nn.Conv2d, x: Tensor, grad: Tensor, group: int) -> Tensor:
