@@ -9,6 +9,7 @@ shares are made of (`influence/wholeway.py`), with each query's gain on those 64
 """
 
 import argparse
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from comparison import Subject, curvature_rows, halves, inverses, moved, two_poi
 from ground_truth import PAPER
 from scipy import sparse
 
-from influence import features, metrics
+from influence import evaluation, features, metrics
 from influence.curvature import solve
 from influence.evaluation import kept_shapley
 from influence.features import Recipe
@@ -26,6 +27,7 @@ from influence.scored import Creators
 from influence.wholeway import whole_way
 
 QUERY_DRAWS, DRAWS, SEED = 64, 20, 3
+SEEDS = 3  # of training, of each coalition
 
 
 def at(subject: Subject, s: float) -> tuple[np.ndarray, np.ndarray]:
@@ -59,6 +61,16 @@ def gain(subject: Subject) -> np.ndarray:
         return before - losses()
 
     return np.asarray(subject.kept("way-gain", make)).astype(float)
+
+
+def by_seed_of_training(subject: Subject) -> list[np.ndarray]:
+    """Exact Shapley values `[owners, queries]` of each training seed alone."""
+    plan = evaluation.coalition_runs(subject.truth, SEEDS)
+    runs = [run for each in plan.values() for run in each]
+    found = evaluation.outcomes(subject.truth, runs, 1, lambda *_: None).reshape(len(plan), SEEDS, -1)
+    return [
+        np.stack(list(metrics.shapley(dict(zip(plan, found[:, seed], strict=True))).values())) for seed in range(SEEDS)
+    ]
 
 
 def creators(totals: np.ndarray, names: list[str]) -> Creators:
@@ -125,6 +137,14 @@ def main() -> None:
             for cell, d in zip(cells, digits, strict=True)
         )
         text.append(f"| {name} | " + " | ".join(joined) + " |")
+    pairs = list(itertools.combinations(by_seed_of_training(subject), 2))
+    agree: list[list[float]] = [[], []]
+    for kind in dict.fromkeys(kinds):
+        here = np.flatnonzero(kinds == kind)
+        agree[0].append(np.mean([np.corrcoef(a[:, q], b[:, q])[0, 1] for a, b in pairs for q in here]))
+        agree[1].append(np.mean([metrics.total_variation(a[:, here], b[:, here]).mean() for a, b in pairs]))
+    cells = [" / ".join(f"{x:.2f}" for x in cell) for cell in agree]
+    text.append(f"| one training seed, of another | {cells[0]} | {cells[1]} | – | – | – |")
     print(*text, sep="\n", flush=True)
     (PAPER / "results" / f"{options.truth}-ways.md").write_text("\n".join(text) + "\n", encoding="utf-8")
 
