@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float64
 from scipy import stats
 
 from influence import nearcopies, royalties, significance, similarity, verdicts
@@ -113,6 +114,30 @@ def answer(
         lora=lora, base=base, engine=engine, batch_size=batch_size, memory=memory, device=device, progress=progress,
         message=message, clusters=clusters, path=True,
     )  # fmt: skip
+    return of_scored(
+        scored, clusters, usage=weights, pool=pool, currency=currency, truth=truth, embedding=embedding,
+        dataset=dataset, message=message,
+    )  # fmt: skip
+
+
+def of_scored(
+    scored: Scored,
+    clusters: Mapping[str, str],
+    *,
+    usage: Float64[np.ndarray, " queries"],
+    pool: Decimal | None = None,
+    currency: str = "EUR",
+    truth: str | os.PathLike[str] | None = None,
+    embedding: str | os.PathLike[str] | None = None,
+    dataset: str | os.PathLike[str] | None = None,
+    message: Message = silent,
+) -> Answers:
+    """What `answer` says of pictures once they are scored; arguments as there, `clusters` those that `scored` counted.
+
+    Raises:
+        InfluenceError: As for `answer`.
+    """
+    paths, weights = scored.queries.paths, usage
     if scored.store.build.get("batches", 0) < 2 or len(scored.creators.by_batch) < 2:
         raise OptionError(
             "shares need intervals, and these need batches of draws; build with an even number of --draws, as 40, "

@@ -165,7 +165,7 @@ def score_one(
         raise OptionError(f"method {method!r} is unknown; expected one of {', '.join(METHODS)}")
     chosen = METHODS[method]
     known = base_is_known(made.source)
-    if chosen.beside is not None and not known:
+    if chosen.elsewhere and not known:
         raise OptionError(
             f"{method} needs the model before the fine-tune: build store {made.path.name} with --base DIR"
         )
@@ -186,11 +186,11 @@ def score_one(
             "creators' totals are of the end of the fine-tune, not of the whole way: build the store with --base DIR"
         )
     along = path and known and method in ("gauss-newton", "two-point")
-    families = {family for family in (chosen.beside, "base" if along else None) if family is not None}
+    families = {*chosen.elsewhere, *(METHODS["path"].elsewhere if along else ())}
     points = {family: waypoint(family, loaded, before) for family in sorted(families) if before is not None}
     needed = [(part, chosen.family, loaded) for part in (made, controls)]
     for family, of in points.items():
-        needed += [(part, family, of) for part in (made, controls if family == chosen.beside else None)]
+        needed += [(part, family, of) for part in (made, controls if family in chosen.elsewhere else None)]
     for part, family, of in needed:
         if part is not None and part.missing(family):
             message(f"taking the gradients of {len(part.items)} images {FAMILIES[family]} once, kept in the store")
@@ -214,10 +214,10 @@ def score_one(
             table, creators = scanning.with_errors(made, method, v, parts, groups, h, table, creators)
         return table, creators, compared
 
-    table, creators, compared = scan(chosen, asked.with_beside(chosen.beside), k, h, controls)
+    table, creators, compared = scan(chosen, asked.read_by(chosen), k, h, controls)
     whole = None
     if path and along and asked.loss_base is not None:
-        _, along_path, _ = scan(METHODS["path"], asked.with_beside("base"), 1, np.zeros(len(h)), None)
+        _, along_path, _ = scan(METHODS["path"], asked.read_by(METHODS["path"]), 1, np.zeros(len(h)), None)
         whole = whole_way(creators, along_path, asked.loss_base - asked.loss)
     count = 0 if compared is None else len(compared.item_ids)
     if 0 < count < significance.MIN_CONTROLS:

@@ -97,7 +97,7 @@ def leverages(
     made: Store, method: Method, damping: float | None, factored: Curvature | None, groups: Groups
 ) -> Float64[np.ndarray, " images"]:
     """H of every image, in the order of `groups.ids`; 0 for methods without curvature, which say nothing of it."""
-    if factored is None or method.beside == "base":
+    if factored is None or method.along:
         return np.zeros(len(groups.ids))
     name = _name(made, "leverage", method, damping)
     kept = made.read_derived(name)

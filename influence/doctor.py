@@ -53,7 +53,7 @@ def doctor(
         OptionError: The method reads other features.
     """
     chosen = METHODS[method]
-    if chosen.family != "loss" or chosen.beside:
+    if chosen.family != "loss" or chosen.elsewhere:
         raise OptionError(f"doctor examines methods on the loss features; {method} reads others; use gauss-newton")
     if store.spec.conditional and len(prompts or ()) != len(images):
         raise OptionError(f"there are {len(prompts or ())} prompts for {len(images)} pictures; pass one for each")

@@ -16,6 +16,7 @@ from influence.features import Features, Recipe
 from influence.loading import Loaded
 from influence.models import Denoiser
 from influence.progress import Message, Progress
+from influence.scoring import Method
 from influence.store import Store
 from influence.taking import decode, encoded, take_arrays
 
@@ -43,12 +44,16 @@ class Queries:
     )
     """Features under models on the way of the fine-tune, and those of batches of draws, by family."""
 
-    def with_beside(self, beside: str | None) -> "Queries":
-        """Features as methods read them: the mean with those under the `base`, or those of `late` behind the end's."""
-        if beside is None:
+    def read_by(self, method: Method) -> "Queries":
+        """Features as a method reads them: the mean along the way, or those of `late` behind the end's."""
+        if not method.elsewhere:
             return self
-        pairs = zip((self.phi, self.phi_batch), self.beside[beside], strict=True)
-        phi, batch = ((a + b) / 2 if beside == "base" else np.concatenate([a, b], axis=-1) for a, b in pairs)
+        own = (self.phi, self.phi_batch)
+        points = {method.family: own} | {family: self.beside[family] for family in method.elsewhere}
+        if method.along:
+            phi, batch = (sum(np.float32(w) * points[f][i] for f, w in method.along.items()) for i in (0, 1))
+        else:
+            phi, batch = (np.concatenate([own[i], points[method.beside][i]], axis=-1) for i in (0, 1))
         return replace(self, phi=phi, phi_batch=batch, beside={})
 
 

@@ -46,20 +46,20 @@ def blocks(made: Store, method: Method, batches: bool = False) -> Iterator[Featu
         scaled = zip(content.phi_batch.transpose(1, 0, 2), content.phi_scale.T, strict=True) if batches else ()
         return [rows.astype(np.float32) * scale[:, None] for rows, scale in scaled]
 
-    if method.beside is None:
-        for content in made.blocks(method.family):
-            yield Features(content.item_ids, (content.phi,), [(rows,) for rows in drawn(content)])
-        return
-    for end, other in zip(made.blocks("loss"), made.blocks(method.beside), strict=True):
-        if end.item_ids != other.item_ids:
-            raise StoreError(
-                f"store {made.path.name} has gradients under the fine-tune and {FAMILIES[method.beside]} of different "
-                "images; leave out those that were refused, with influence exclude"
-            )
-        both = [(end.phi, other.phi), *zip(drawn(end), drawn(other), strict=True)]
-        if method.beside == "base":
-            both = [((a + b) / 2,) for a, b in both]
-        yield Features(end.item_ids, both[0], both[1:])
+    families = (method.family, *method.elsewhere)
+    for contents in zip(*map(made.blocks, families), strict=True):
+        ids = contents[0].item_ids
+        for family, content in zip(families, contents, strict=True):
+            if content.item_ids != ids:
+                raise StoreError(
+                    f"store {made.path.name} has gradients under the fine-tune and {FAMILIES[family]} of different "
+                    "images; leave out those that were refused, with influence exclude"
+                )
+        read = list(zip(*([content.phi, *drawn(content)] for content in contents), strict=True))
+        if method.along:
+            weights = [np.float32(method.along[family]) for family in families]
+            read = [(sum(w * rows for w, rows in zip(weights, each, strict=True)),) for each in read]
+        yield Features(ids, read[0], read[1:])
 
 
 def control_scores(controls: Store, method: Method, v: torch.Tensor, asked: Queries) -> Controls:

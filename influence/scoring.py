@@ -6,7 +6,7 @@ block by block, and stays as it was written. N is the number of training images,
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,9 @@ class Method:
     family: str = "loss"
     """Which features of the store: of the `loss`, or of the `square` output."""
     beside: str | None = None
-    """A second family: `base`, whose mean with the first is taken, or `late`, of half of the steps."""
+    """A second family: `late`, of half of the steps."""
+    along: Mapping[str, float] = field(default_factory=dict)
+    """Weights by family, if the weighted mean of features along the way is taken."""
     curvature: str | None = None
     """Rows that make H: `psi` (curvature rows), `phi` (the features themselves), or `None` for no H."""
     steps: int = 1
@@ -35,15 +37,20 @@ class Method:
     cosine: bool = False
     """Whether features are scaled to unit length."""
 
+    @property
+    def elsewhere(self) -> tuple[str, ...]:
+        """Families that it reads besides its own: features under other models of the way."""
+        return (self.beside,) if self.beside is not None else tuple(f for f in self.along if f != self.family)
+
 
 METHODS: dict[str, Method] = {
     # Gauss–Newton influence in the projected space; DESIGN of the estimator in ARCHITECTURE.md.
     "gauss-newton": Method("τ = (1/N) φ_qᵀ (H + λI)⁻¹ φ_i,  H = (1/R) Σ ψψᵀ", curvature="psi"),
-    # The way from the base to the fine-tune, by the trapezoidal rule; see ARCHITECTURE.md.
+    # The way from the base to the fine-tune, integrated; see ARCHITECTURE.md.
     "path": Method(
-        "τ = (1/N) φ̄_qᵀ (H + 2λI)⁻¹ φ̄_i,  φ̄ the mean of φ under base and fine-tune",
+        "τ = (1/N) φ̄_qᵀ (H + 2λI)⁻¹ φ̄_i,  φ̄ = 5/18 φ of the base + 8/9 φ′ − 1/6 φ,  φ′ of weights ¼ base + ¾ fine-tune",
         curvature="psi",
-        beside="base",
+        along={"base": 5 / 18, "late": 8 / 9, "loss": -1 / 6},  # exact for what bends like a parabola over 0, ¾, 1
         steps=2,  # its totals stand beside those of `two-point`: they share a factor
     ),
     # Two implicit Euler steps of the fine-tune in place of one; see ARCHITECTURE.md.

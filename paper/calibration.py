@@ -28,7 +28,20 @@ import torch
 from scipy import stats
 
 import influence
-from influence import attribution, derived, keys, metrics, pipeline, scoring, significance, taking, typefaces, waypoints
+from influence import (
+    answers,
+    attribution,
+    derived,
+    keys,
+    metrics,
+    nearcopies,
+    pipeline,
+    scoring,
+    significance,
+    taking,
+    typefaces,
+    waypoints,
+)
 from influence.evaluation import kept_shapley
 from influence.queries import read_queries
 from influence.royalties import BASE_MODEL
@@ -264,10 +277,11 @@ def main() -> None:
     made = build(name, work, options.pictures)
     asked = queries(name, work)
     prompts = asked["caption"].fillna("").tolist() if made.spec.conditional else None
+    clusters = nearcopies.duplicate_clusters(made)
     scored = attribution.score(
         asked["path"].tolist(), made, k=None, method=None, damping=None, draws=DRAWS, prompt=prompts,
         intervals=True, model=None, lora=None, base=None, engine="auto", batch_size=64, memory=None, device="cpu",
-        progress=lambda *_: None, message=say,
+        progress=lambda *_: None, message=say, clusters=clusters, path=True,
     )  # fmt: skip
     table = scored.table.assign(number=scored.table["query"].map({path: q for q, path in enumerate(asked["path"])}))
     by_kind = {kind: np.flatnonzero(asked["kind"] == kind) for kind in KINDS}
@@ -297,9 +311,7 @@ def main() -> None:
         f"| trained queries: the picture itself has q ≤ 0.1 (a single image can reach {smallest:.3f}) | "
         f"{np.mean([row.q_value <= 0.1 for row in own]):.0%} |"
     )
-    answered = influence.answer(
-        asked["path"].tolist(), made, prompt=prompts, draws=DRAWS, k=50, truth=PAPER / "truth" / name, message=say
-    )
+    answered = answers.of_scored(scored, clusters, usage=np.ones(len(asked)), truth=PAPER / "truth" / name, message=say)
     words = answered.queries.assign(kind=asked["kind"]).groupby(["kind", "verdict"]).size().unstack(fill_value=0)
     show("", "Verdicts:", "", words.to_markdown(), "")
     far = distances(answered, name, asked)

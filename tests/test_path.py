@@ -107,14 +107,15 @@ def test_two_points_are_two_implicit_steps(world):
     assert file.read_bytes() == whole
 
 
-def test_scores_are_those_of_the_mean_of_the_features(world):
+def test_scores_are_those_of_the_mean_of_the_features_along_the_way(world):
     picture = world / "data" / "003.png"
     table = influence.attribute(picture, world / "s", method="path", k=None, draws=DRAWS, damping=0.3)
     # the features of the query under either model, by their own stores: grad-dot with every image gives them
     dots = [influence.attribute(picture, world / s, method="grad-dot", k=None, draws=DRAWS) for s in ("s", "of_base")]
     ids, phi, psi = stacked(world / "s")
     _, phi0, _ = stacked(world / "of_base")
-    mean = (phi + phi0) / 2
+    _, phi_late, _ = stacked(world / "s", "late")
+    mean = 5 / 18 * phi0 + 8 / 9 * phi_late - 1 / 6 * phi
     h = psi.T @ psi / len(psi)
     h += 2 * 0.3 * np.trace(h) / 64 * np.eye(64)
     # grad-dot has rank 7 of 64: compare on the span, through features taken by the same call
@@ -123,18 +124,26 @@ def test_scores_are_those_of_the_mean_of_the_features(world):
         store, model=None, lora=None, draws=DRAWS, engine="auto", batch_size=64, device="cpu", message=print
     )
     base = waypoints.load_base(store.source, loaded.denoiser, None, "cpu")
-    start, silent = waypoints.waypoint("base", loaded, base), influence.progress.silent
-    asked = influence.queries.read_queries(loaded, "loss", [picture], [None], silent, silent, base, {"base": start})
-    under_base = asked.beside["base"][0]
+    silent = influence.progress.silent
+    points = {family: waypoints.waypoint(family, loaded, base) for family in ("base", "late")}
+    asked = influence.queries.read_queries(loaded, "loss", [picture], [None], silent, silent, base, points)
+    under_base, late = (asked.beside[family][0] for family in points)
     for found, q, rows in zip(dots, (asked.phi, under_base), (phi, phi0), strict=True):
         by_item = found.set_index("item_id")["score"]
         np.testing.assert_allclose([by_item[i] for i in ids], rows @ q[0].astype(float), rtol=1e-4)
-    q = (asked.phi[0] + under_base[0]).astype(float) / 2
+    q = 5 / 18 * under_base[0].astype(float) + 8 / 9 * late[0] - 1 / 6 * asked.phi[0]
     expected = mean @ np.linalg.solve(h, q) / 7
     by_item = table.set_index("item_id")["score"]
     np.testing.assert_allclose([by_item[i] for i in ids], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
     assert table["p_value"].between(1 / 6, 1).all()
     assert (table["score_low"] <= table["score"]).all() and (table["score"] <= table["score_high"]).all()
+
+
+def test_the_weights_along_the_way_integrate_a_parabola_through_its_points():
+    weights = influence.METHODS["path"].along
+    at = {"base": 0.0, "late": waypoints.LATE, "loss": 1.0}
+    for power in range(3):
+        assert sum(w * at[family] ** power for family, w in weights.items()) == pytest.approx(1 / (power + 1))
 
 
 def test_shares_are_of_the_whole_way_where_the_base_is_known(world):

@@ -54,8 +54,8 @@ def scanned(path, name):
 @pytest.mark.parametrize("excluded", [False, True])
 def test_a_scan_says_the_same_bit_by_bit_as_without_read_ahead(tmp_path, monkeypatch, name, excluded):
     made = filled(tmp_path / "s", count=40)
-    if METHODS[name].beside:
-        fill(made, METHODS[name].beside)
+    for family in METHODS[name].elsewhere:
+        fill(made, family)
     if excluded:
         store.exclude(tmp_path / "s", item=made.shard_items(1)[0])
     table, creators = scanned(tmp_path / "s", name)
