@@ -46,13 +46,13 @@ def blocks(made: Store, method: Method, batches: bool = False) -> Iterator[Featu
         scaled = zip(content.phi_batch.transpose(1, 0, 2), content.phi_scale.T, strict=True) if batches else ()
         return [rows.astype(np.float32) * scale[:, None] for rows, scale in scaled]
 
-    families = (method.family, *method.elsewhere)
+    families = tuple(method.along) or (method.family, *method.elsewhere)
     for contents in zip(*map(made.blocks, families), strict=True):
         ids = contents[0].item_ids
         for family, content in zip(families, contents, strict=True):
             if content.item_ids != ids:
                 raise StoreError(
-                    f"store {made.path.name} has gradients under the fine-tune and {FAMILIES[family]} of different "
+                    f"store {made.path.name} has gradients {FAMILIES[families[0]]} and {FAMILIES[family]} of different "
                     "images; leave out those that were refused, with influence exclude"
                 )
         read = list(zip(*([content.phi, *drawn(content)] for content in contents), strict=True))

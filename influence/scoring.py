@@ -48,9 +48,9 @@ METHODS: dict[str, Method] = {
     "gauss-newton": Method("τ = (1/N) φ_qᵀ (H + λI)⁻¹ φ_i,  H = (1/R) Σ ψψᵀ", curvature="psi"),
     # The way from the base to the fine-tune, integrated; see ARCHITECTURE.md.
     "path": Method(
-        "τ = (1/N) φ̄_qᵀ (H + 2λI)⁻¹ φ̄_i,  φ̄ = 5/18 φ of the base + 8/9 φ′ − 1/6 φ,  φ′ of weights ¼ base + ¾ fine-tune",
+        "τ = (1/N) φ̄_qᵀ (H + 2λI)⁻¹ φ̄_i,  φ̄ = ⅓ φ of the base + ⅔ φ′,  φ′ of weights ¼ base + ¾ fine-tune",
         curvature="psi",
-        along={"base": 5 / 18, "late": 8 / 9, "loss": -1 / 6},  # exact for what bends like a parabola over 0, ¾, 1
+        along={"base": 1 / 3, "late": 2 / 3},  # exact for what changes evenly along the way
         steps=2,  # its totals stand beside those of `two-point`: they share a factor
     ),
     # Two implicit Euler steps of the fine-tune in place of one; see ARCHITECTURE.md.

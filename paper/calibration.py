@@ -291,6 +291,7 @@ def main() -> None:
     def show(*found: str) -> None:
         print(*found, sep="\n", flush=True)
         lines.extend(found)
+        (PAPER / "results" / f"{name}-calibration.md").write_text("\n".join(lines), encoding="utf-8")
 
     show(f"Controls: {count}; training images: {table['item_id'].nunique()}; queries: {len(asked)}.", "")
 
@@ -320,7 +321,6 @@ def main() -> None:
     show(owners(answered, scored, name, asked).round(3).to_markdown(index=False), "")
     value, n = coverage(made, asked, scored, *options.pairs)
     show(f"95 % intervals of scores hold the value from {MORE} × the draws in {value:.1%} of {n} pairs.", "")
-    (PAPER / "results" / f"{name}-calibration.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

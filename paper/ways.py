@@ -5,8 +5,8 @@
 
 A point s of the way has the weights (1 − s) base + s fine-tune; of a LoRA, lora_B is scaled by s. Beside the features
 that comparison.py kept it takes those at s = 0 and ½, of 20 draws of an image and 64 of a query. `path` is by the rule
-of the library, over 0, ¾ and 1; `Simpson` over 0, ½ and 1; `trapezoidal` over 0 and 1. `whole way` is what shares are
-made of (`influence/wholeway.py`), with each query's gain on those 64 draws.
+of the library, over 0 and ¾; `trapezoidal` over 0 and 1; `parabola` over 0, ¾ and 1; `Simpson` over 0, ½ and 1. `whole
+way` is what shares are made of (`influence/wholeway.py`), with each query's gain on those 64 draws.
 """
 
 import argparse
@@ -101,15 +101,16 @@ def main() -> None:
 
     late = solve(inverse, torch.tensor(asked_late)) * inverse.damping
     weights, later = METHODS["path"].along, (asked_late.astype(float), half_late.astype(float))
-    at_points = {"base": start, "late": later, "loss": end}
-    path = tuple(sum(w * at_points[family][side] for family, w in weights.items()) for side in (0, 1))
+    path = tuple(weights["base"] * a + weights["late"] * b for a, b in zip(start, later, strict=True))
     trapezoid = tuple((a + b) / 2 for a, b in zip(start, end, strict=True))
+    parabola = tuple(5 / 18 * a + 8 / 9 * b - 1 / 6 * c for a, b, c in zip(start, later, end, strict=True))
     simpson = tuple((a + 4 * b + c) / 6 for a, b, c in zip(start, middle, end, strict=True))
     scores = {
         "end": tau(*end),
         "two-point": tau(*end) + tau(late.numpy(), half_late.astype(float)),
         "path": tau(*path),
         "trapezoidal": tau(*trapezoid),
+        "parabola": tau(*parabola),
         "base alone": tau(*start),
         "Simpson": tau(*simpson),
         "equal per work": np.ones((len(subject.query.ids), n)),
@@ -121,9 +122,11 @@ def main() -> None:
     owner = np.array([item.creator for item in subject.truth.items])
     totals = {name: np.stack([each[:, owner == g].sum(1) for g in exact]) for name, each in scores.items()}
     ends = creators(totals["two-point"].T, list(exact))
-    for name, along in (("whole way", "path"), ("whole way, trapezoidal", "trapezoidal")):
+    for along in ("path", "trapezoidal", "parabola", "Simpson"):
         paths = creators(totals[along].T, list(exact))
-        totals[name] = whole_way(ends, paths, gain(subject)[:, None]).totals.T
+        totals["whole way" if along == "path" else f"whole way, {along}"] = whole_way(
+            ends, paths, gain(subject)[:, None]
+        ).totals.T
     text = [f"{' / '.join(dict.fromkeys(kinds))}", "", "| totals | Pearson | total variation | slope | LDS ×100 | "
             "sum follows gain (r) |", "|---|---|---|---|---|---|"]  # fmt: skip
     for name, predicted in totals.items():
