@@ -117,8 +117,8 @@ def errors(tau: Float[np.ndarray, "query_batches train_batches *shape"]) -> Erro
 
     τ_bc, with batch b of the query's draws and batch c of the training image's, is linear in each, and so its mean has
     three independent errors: the query's, the training image's, and the product of both, which is much of the variance
-    with weak damping. With B and C batches, τ̄_b over c and τ̄_c over b, two-way analysis of variance (Searle, Casella &
-    McCulloch, 1992) tells them apart:
+    with weak damping. With B and C batches, τ̄_b over c and τ̄_c over b, two-way analysis of variance (Searle, Casella
+    & McCulloch, 1992) tells them apart:
 
         D = Σ_bc (τ_bc − τ̄_b − τ̄_c + τ̄)² / (B C (B − 1) (C − 1))
         A = Σ_b (τ̄_b − τ̄)² / (B (B − 1)) − D,   A' = Σ_c (τ̄_c − τ̄)² / (C (C − 1)) − D,   se² = A + A' + D
