@@ -124,11 +124,11 @@ def main() -> None:
     ends = creators(totals["two-point"].T, list(exact))
     for along in ("path", "trapezoidal", "parabola", "Simpson"):
         paths = creators(totals[along].T, list(exact))
-        totals["whole way" if along == "path" else f"whole way, {along}"] = whole_way(
+        totals["whole way" if along == "path" else f"whole, {along}"] = whole_way(
             ends, paths, gain(subject)[:, None]
         ).totals.T
     text = [f"{' / '.join(dict.fromkeys(kinds))}", "", "| totals | Pearson | total variation | slope | LDS ×100 | "
-            "sum follows gain (r) |", "|---|---|---|---|---|---|"]  # fmt: skip
+            "sum, gain (r) |", "|---|---|---|---|---|---|"]  # fmt: skip
     for name, predicted in totals.items():
         lds = None
         if name in scores:
