@@ -46,18 +46,20 @@ def blocks(made: Store, method: Method, batches: bool = False) -> Iterator[Featu
         scaled = zip(content.phi_batch.transpose(1, 0, 2), content.phi_scale.T, strict=True) if batches else ()
         return [rows.astype(np.float32) * scale[:, None] for rows, scale in scaled]
 
-    families = tuple(method.along) or (method.family, *method.elsewhere)
+    families = (method.family, *method.elsewhere)
+    used = method.along or families
     for contents in zip(*map(made.blocks, families), strict=True):
         ids = contents[0].item_ids
         for family, content in zip(families, contents, strict=True):
             if content.item_ids != ids:
                 raise StoreError(
-                    f"store {made.path.name} has gradients {FAMILIES[families[0]]} and {FAMILIES[family]} of different "
-                    "images; leave out those that were refused, with influence exclude"
+                    f"store {made.path.name} has gradients {FAMILIES[method.family]} and {FAMILIES[family]} of "
+                    "different images; leave out those that were refused, with influence exclude"
                 )
-        read = list(zip(*([content.phi, *drawn(content)] for content in contents), strict=True))
+        points = [content for family, content in zip(families, contents, strict=True) if family in used]
+        read = list(zip(*([content.phi, *drawn(content)] for content in points), strict=True))
         if method.along:
-            weights = [np.float32(method.along[family]) for family in families]
+            weights = [np.float32(weight) for weight in method.along.values()]
             read = [(sum(w * rows for w, rows in zip(weights, each, strict=True)),) for each in read]
         yield Features(ids, read[0], read[1:])
 
