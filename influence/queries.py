@@ -48,12 +48,11 @@ class Queries:
         """Features as a method reads them: the mean along the way, or those of `late` behind the end's."""
         if not method.elsewhere:
             return self
-        own = (self.phi, self.phi_batch)
-        points = {method.family: own} | {family: self.beside[family] for family in method.elsewhere}
         if method.along:
-            phi, batch = (sum(np.float32(w) * points[f][i] for f, w in method.along.items()) for i in (0, 1))
+            phi, batch = (sum(np.float32(w) * self.beside[f][i] for f, w in method.along.items()) for i in (0, 1))
         else:
-            phi, batch = (np.concatenate([own[i], points[method.beside][i]], axis=-1) for i in (0, 1))
+            pairs = zip((self.phi, self.phi_batch), self.beside[method.beside], strict=True)
+            phi, batch = (np.concatenate(pair, axis=-1) for pair in pairs)
         return replace(self, phi=phi, phi_batch=batch, beside={})
 
 

@@ -29,7 +29,7 @@ class Method:
     beside: str | None = None
     """A second family: `late`, of half of the steps."""
     along: Mapping[str, float] = field(default_factory=dict)
-    """Weights by family, if the weighted mean of features along the way is taken."""
+    """Weights of other families, if the mean of their features along the way is taken in place of its own."""
     curvature: str | None = None
     """Rows that make H: `psi` (curvature rows), `phi` (the features themselves), or `None` for no H."""
     steps: int = 1
@@ -40,7 +40,7 @@ class Method:
     @property
     def elsewhere(self) -> tuple[str, ...]:
         """Families that it reads besides its own: features under other models of the way."""
-        return (self.beside,) if self.beside is not None else tuple(f for f in self.along if f != self.family)
+        return tuple(self.along) if self.beside is None else (self.beside,)
 
 
 METHODS: dict[str, Method] = {
