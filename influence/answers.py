@@ -286,12 +286,10 @@ def _shares(
         variance = _variance(way, q)
         rho = royalties.reliability(way.totals[q], variance)
         common = {"reliability": rho, "similarity": _similarity_evidence(scored, looks[q]), "shapley": exact.get(q)}
-        ends = (None, None) if scored.whole is None else (creators.totals[q], at_end)
-        once = Evidence(creators.images, way.totals[q], fdr[0], end_totals=ends[0], **common)
-        repeated = Evidence(creators.images, again, fdr[1:], end_totals=ends[1], **common)
+        once = Evidence(creators.images, way.totals[q], fdr[0], **common)
+        repeated = Evidence(creators.images, again, fdr[1:], **common)
         for estimator in ESTIMATORS:
-            lacks = {"gated_group_sum": not nulls, "shapley": q not in exact, "end_group_sum": scored.whole is None}
-            if lacks.get(estimator):
+            if {"gated_group_sum": not nulls, "shapley": q not in exact}.get(estimator):
                 continue
             share = royalties.shares(estimator, once, from_model=found.explained)
             repeats = royalties.shares(estimator, repeated, from_model=found.explained)

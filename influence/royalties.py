@@ -44,8 +44,6 @@ class Evidence:
     """Part of the totals' variance over creators that is not error of the draws, 0 … 1."""
     similarity: Float[np.ndarray, " creators"] | None = None
     """How much more than usual the creators' works look like the picture."""
-    end_totals: Float[np.ndarray, "*repeats creators"] | None = None
-    """Totals at the end of the fine-tune alone, where `totals` are of the whole way."""
     shapley: Float[np.ndarray, " creators"] | None = None
     """Exact Shapley values from retrained coalitions."""
 
@@ -59,12 +57,6 @@ def _normalised(values: np.ndarray) -> np.ndarray:
 
 def _group_sum(evidence: Evidence) -> np.ndarray:
     return _normalised(evidence.totals)
-
-
-def _end_group_sum(evidence: Evidence) -> np.ndarray:
-    if evidence.end_totals is None:
-        raise OptionError("end_group_sum is group_sum where totals of the whole way are not known; pass build --base")
-    return _normalised(evidence.end_totals)
 
 
 def _gated_group_sum(evidence: Evidence) -> np.ndarray:
@@ -109,7 +101,6 @@ DEFAULT_ESTIMATOR = "group_sum"
 ESTIMATORS: dict[str, Estimator] = {
     "group_sum": Estimator("T_g⁺ / Σ_h T_h⁺", _group_sum),
     "gated_group_sum": Estimator("a_g T_g⁺ / Σ_h T_h⁺,  a_g = [q_g ≤ 0.1 against controls]", _gated_group_sum),
-    "end_group_sum": Estimator("E_g⁺ / Σ_h E_h⁺,  E the total at the end of the fine-tune", _end_group_sum),
     "shrunk": Estimator("ρ T_g⁺ / Σ_h T_h⁺ + (1 − ρ) n_g / Σ_h n_h,  ρ the reliability of the totals", _shrunk),
     "shapley": Estimator("φ_g⁺ / Σ_h φ_h⁺,  φ exact, of retrained coalitions (Wang et al., 2024)", _shapley),
     "similarity": Estimator("s_g⁺ / Σ_h s_h⁺,  s the likeness beyond the usual", _similarity, attribution=False),

@@ -316,6 +316,10 @@ def main() -> None:
     words = answered.queries.assign(kind=asked["kind"]).groupby(["kind", "verdict"]).size().unstack(fill_value=0)
     show("", "Verdicts:", "", words.to_markdown(), "")
     far = distances(answered, name, asked)
+    at_end = answers.of_scored(
+        replace(scored, whole=None), clusters, usage=np.ones(len(asked)), truth=PAPER / "truth" / name, message=say
+    )
+    far.loc["(group_sum of the end alone)"] = distances(at_end, name, asked).loc["group_sum"]
     show("Total variation of shares from exact Shapley shares:", "", far.round(3).to_markdown(), "")
     show("Owners' totals against exact Shapley values:", "")
     show(owners(answered, scored, name, asked).round(3).to_markdown(index=False), "")

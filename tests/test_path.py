@@ -164,9 +164,8 @@ def test_shares_are_of_the_whole_way_where_the_base_is_known(world):
     np.testing.assert_allclose(c, c.iloc[0], rtol=1e-3, atol=1e-6 * c.abs().max())
     assert 0 <= c.iloc[0] <= max((query["gain"] - e.sum()) / p.sum(), 0) * 1.001  # less by what S is uncertain
     assert (shares["group_score_se"] > 0).all()
-    assert "end_group_sum" in set(made.shares["estimator"])
     without = influence.answer(picture, world / "of_base", draws=DRAWS)
-    assert without.facts["totals"] == "sums of scores" and "end_group_sum" not in set(without.shares["estimator"])
+    assert without.facts["totals"] == "sums of scores"
 
 
 def made_up(totals, batches=0, seed=0, spread=0.01):

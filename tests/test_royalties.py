@@ -23,7 +23,6 @@ def evidence(totals, images=None, q=None, **known):
         "reliability": 0.5,
         "similarity": np.ones(len(images)),
         "shapley": totals[..., :],
-        "end_totals": totals,
     } | known
     return Evidence(images, totals, q, **known)
 
@@ -42,7 +41,7 @@ def test_shares_sum_to_one_exactly_in_any_order_and_none_is_negative(estimator, 
         assert found[-1] == 0.0
 
 
-@pytest.mark.parametrize("estimator", ["group_sum", "end_group_sum", "gated_group_sum", "shapley"])
+@pytest.mark.parametrize("estimator", ["group_sum", "gated_group_sum", "shapley"])
 def test_null_player_symmetry_order_and_monotonicity(estimator):
     base = [3.0, 1.0, 0.0, 1.0, -2.0]
     found = royalties.shares(estimator, evidence(base))
