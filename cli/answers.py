@@ -25,7 +25,7 @@ _query = options_of(
     click.option("--list", "listed", type=click.Path(path_type=Path),
                  help="CSV of more pictures: columns file and, if wanted, prompt and usage (weight in the statement)."),
     click.option("--method", type=click.Choice(list(influence.METHODS)),
-                 help="[default: two-point if the base is known, or else gauss-newton]"),
+                 help="[default: as attribute has]"),
     click.option("--damping", type=float, help="λ in units of tr(H)/k.  [default: that of the fine-tune's steps]"),
     click.option("--draws", type=int, default=256, show_default=True, help="Draws (t, ε) of each picture."),
     click.option("--embedding", type=click.Path(path_type=Path),

@@ -24,6 +24,7 @@ from influence.export import Replayed, export, replay
 from influence.extraction import extract
 from influence.finetuning import FineTune
 from influence.gradients import ENGINES
+from influence.halving import halve
 from influence.holdout import hold_out
 from influence.inspection import inspect
 from influence.loading import DEFAULT_BATCH
@@ -57,6 +58,7 @@ __all__ = [  # noqa: RUF022 - grouped by what they are
     "exclude",
     "export",
     "extract",
+    "halve",
     "hold_out",
     "inspect",
     "near_copies",

@@ -20,7 +20,7 @@ from influence.scored import COLUMNS, Controls, Creators, Scored, creator_rows, 
 from influence.scoring import METHODS
 from influence.shards import FAMILIES
 from influence.store import Store
-from influence.waypoints import base_is_known, default_method, load_base, waypoint
+from influence.waypoints import base_is_known, default_method, load_base, model_of
 from influence.wholeway import whole_way
 
 Stores = str | os.PathLike[str] | Store | Sequence[str | os.PathLike[str] | Store]
@@ -53,8 +53,8 @@ def attribute(
         store: A store, or its folder; or several of the same data set, of models that were retrained or checkpoints:
             scores are then means, and intervals cover that training again gives another model.
         k: Rows for each query; `None` for all.
-        method: Name in `METHODS`; by default `two-point` where the model before the fine-tune is known, or else
-            `gauss-newton`.
+        method: Name in `METHODS`; by default `two-length` where the store has a fine-tune of half the length, or else
+            `two-point` where the model before the fine-tune is known, or else `gauss-newton`.
         damping: λ in units of tr(H)/k. By default that of the fine-tune's own steps (`horizon`), for methods of its
             curvature and if the store knows how it was trained, or else 0.1.
         draws: S of a query.
@@ -165,7 +165,12 @@ def score_one(
         raise OptionError(f"method {method!r} is unknown; expected one of {', '.join(METHODS)}")
     chosen = METHODS[method]
     known = base_is_known(made.source)
-    if chosen.elsewhere and not known:
+    if chosen.beside == "half" and made.source.get("half") is None:
+        raise OptionError(
+            f"{method} needs a fine-tune of half the epochs: make it with influence halve, and build store "
+            f"{made.path.name} with --half DIR"
+        )
+    if {"base", "late"} & {*chosen.elsewhere} and not known:
         raise OptionError(
             f"{method} needs the model before the fine-tune: build store {made.path.name} with --base DIR"
         )
@@ -185,9 +190,12 @@ def score_one(
         message(
             "creators' totals are of the end of the fine-tune, not of the whole way: build the store with --base DIR"
         )
-    along = path and known and method in ("gauss-newton", "two-point")
+    along = path and known and method in ("gauss-newton", "two-point", "two-length")
     families = {*chosen.elsewhere, *(METHODS["path"].elsewhere if along else ())}
-    points = {family: waypoint(family, loaded, before) for family in sorted(families) if before is not None}
+    points = {
+        family: model_of(family, made.source, loaded, before=before, model=model, lora=lora)
+        for family in sorted(families)
+    }
     needed = [(part, chosen.family, loaded) for part in (made, controls)]
     for family, of in points.items():
         needed += [(part, family, of) for part in (made, controls if family in chosen.elsewhere else None)]

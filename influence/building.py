@@ -16,7 +16,7 @@ from influence.loading import BuildOptions, Loaded, load
 from influence.progress import Message, Progress, silent
 from influence.store import ShardContent, Store
 from influence.taking import take
-from influence.waypoints import load_base, waypoint
+from influence.waypoints import model_of
 
 _NOT_FINITE = "its loss or gradient is not finite"
 _GONE = "it is excluded, and was not in the data set when its shard was built"
@@ -63,11 +63,7 @@ def _prepare_worker(
     """In a worker process: load everything again."""
     torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // workers)))
     loaded, made = load(options, silent), store.open_store(path)
-    if family in ("base", "late"):
-        before = load_base(made.source, loaded.denoiser, None, loaded.device)
-        assert before is not None
-        loaded = waypoint(family, loaded, before)
-    return _shard_work(made, family, loaded, data)
+    return _shard_work(made, family, model_of(family, made.source, loaded), data)
 
 
 def _shard_work(made: Store, family: str, loaded: Loaded, data: datasets.Dataset) -> executors.Work:

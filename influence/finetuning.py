@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from influence import models, training
-from influence.errors import OptionError
+from influence.errors import ModelError, OptionError
 from influence.models import Denoiser
 
 RECIPE_FILE = "finetune.json"
@@ -25,7 +25,7 @@ RECIPE_FILE = "finetune.json"
 class FineTune:
     """How a model is fine-tuned; with the base, the images and a seed it determines the weights."""
 
-    epochs: int
+    epochs: int | float
     batch_size: int
     learning_rate: float
     learning_rate_schedule: str = "cosine"
@@ -138,6 +138,17 @@ def fine_tune(
         members=members,
         progress=progress,
     )
+
+
+def require_absent(folder: str | Path, recipe: FineTune) -> None:
+    """Refuse a folder where `save` would find a model, before it is trained.
+
+    Raises:
+        ModelError: There is one.
+    """
+    taken = Path(folder) if recipe.lora_rank is None else Path(folder) / models.LORA_FILE
+    if taken.exists():
+        raise ModelError(f"{taken} exists already; choose another folder, or remove it")
 
 
 def save(denoiser: Denoiser, recipe: FineTune, folder: str | Path, *, base: str | Path) -> None:

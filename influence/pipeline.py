@@ -19,9 +19,19 @@ from influence.loading import DEFAULT_BATCH, BuildOptions, Loaded, network, prep
 from influence.memory import parse_size
 from influence.models import Denoiser
 from influence.progress import Message, Progress, silent
+from influence.scoring import METHODS
 from influence.store import Store
 from influence.taking import decode, encoded
-from influence.waypoints import base_is_known, load_base, require_same_parameters, way, waypoint
+from influence.waypoints import (
+    base_is_known,
+    default_method,
+    half_identity,
+    load_base,
+    load_half,
+    model_of,
+    require_same_parameters,
+    way,
+)
 
 LIBRARIES = ("influence", "torch", "diffusers", "peft", "transformers", "numpy", "h5py", "pillow")
 CURVATURE_ROWS = 16384
@@ -52,14 +62,16 @@ def build(
     workers: int = 1,
     controls: str | os.PathLike[str] | None = None,
     base: str | os.PathLike[str] | None = None,
+    half: str | os.PathLike[str] | None = None,
     recipe: str | os.PathLike[str] | None = None,
     progress: Progress = silent,
     message: Message = silent,
 ) -> Store:
     """Take the features of every image of a fine-tune data set and keep them in a store.
 
-    Where the model before the fine-tune is known they are taken at a second point of its way, too, for the default
-    method. Run again, it goes on where it stopped, and takes only the features of images that were added.
+    With a model of half the length they are taken of that, too, or else, where the model before the fine-tune is known,
+    at a second point of its way, for the default method. Run again, it goes on where it stopped, and takes only the
+    features of images that were added.
 
     Args:
         dataset: Image folder with `metadata.csv` or `metadata.jsonl`, or with captions in `.txt` files.
@@ -86,6 +98,7 @@ def build(
         controls: Data set of images that were never trained on, best of the same kind: scores are compared with theirs.
             Their features are kept apart, and counted nowhere else.
         base: The pipeline that all weights were fine-tuned from; that of a LoRA is known.
+        half: Pipeline folder or LoRA of the same fine-tune in half of its epochs; `halve` makes one.
         recipe: `finetune.json`, which says how the model was trained: its steps decide the damping. By default the one
             beside the model or LoRA.
         progress: Called as work gets done.
@@ -113,7 +126,7 @@ def build(
     )
     denoiser = network(options)
     data = read(dataset, denoiser, creator_column, progress, message)
-    source = source_of(options, base, creator_column, denoiser)
+    source = source_of(options, base, half, creator_column, denoiser)
     options, facts = settled(Path(store), denoiser, options, data, source, metric, recipe, message)
     source |= facts
     loaded = prepared(denoiser, options, message)
@@ -127,27 +140,33 @@ def build(
     if controls is not None:
         parts.append(_controls(made, loaded, options, controls, source, message))
         run_shards(parts[1][0], "loss", loaded, parts[1][1], parts[1][2], workers, progress, message)
-    parts = [part for part in parts if part[0].missing("late")]
-    if parts and base_is_known(made.source):
-        late = _late(made, loaded)
-        for part, how, images in parts:
-            run_shards(part, "late", late, how, images, workers, progress, message)
+    for family in METHODS[default_method(made.source)].elsewhere:
+        todo = [part for part in parts if part[0].missing(family)]
+        of = model_of(family, made.source, loaded) if todo else loaded
+        for part, how, images in todo:
+            run_shards(part, family, of, how, images, workers, progress, message)
     return made
 
 
 def source_of(
-    options: BuildOptions, base: str | os.PathLike[str] | None, creator_column: str | None, denoiser: Denoiser
+    options: BuildOptions,
+    base: str | os.PathLike[str] | None,
+    half: str | os.PathLike[str] | None,
+    creator_column: str | None,
+    denoiser: Denoiser,
 ) -> dict[str, Any]:
     """Where things come from, as the store keeps it.
 
     Raises:
-        InfluenceError: The base cannot be loaded, or is none of this fine-tune.
+        InfluenceError: The base or the model of half the length cannot be loaded, or is none of this fine-tune.
     """
     source = {
         "model": options.model,
         "lora": options.lora,
         "base": None if base is None else str(Path(base).absolute()),
         "base_model": None,
+        "half": None if half is None else str(Path(half).absolute()),
+        "half_model": None,
         "parameters": options.parameters,
         "resolution": options.resolution,
         "creator_column": creator_column,
@@ -155,22 +174,18 @@ def source_of(
     if base is not None:
         before = load_base(source, denoiser, None, "cpu")
         assert before is not None
-        require_same_parameters(before, denoiser)
+        require_same_parameters(before, denoiser, "the base", "pass the pipeline that the fine-tune started from")
         source["base_model"] = before.identity["model"]
+    if half is not None:
+        source["half_model"] = half_identity(load_half(source, denoiser, "cpu"))
     return source
 
 
 def waypoint_bytes(source: Mapping[str, Any], denoiser: Denoiser) -> int:
     """Bytes of the networks that are held beside the fine-tuned one, if its base is known: base, and ¾ of the way."""
     weights = denoiser.network.state_dict().values()
-    return 2 * sum(value.numel() * value.element_size() for value in weights) if base_is_known(source) else 0
-
-
-def _late(made: Store, loaded: Loaded) -> Loaded:
-    """The model at the second point of the way; the base is not kept."""
-    before = load_base(made.source, loaded.denoiser, None, loaded.device)
-    assert before is not None
-    return waypoint("late", loaded, before)
+    count = 2 if base_is_known(source) else int(source["half"] is not None)
+    return count * sum(value.numel() * value.element_size() for value in weights)
 
 
 def read(
@@ -245,6 +260,11 @@ def settled(
         raise OptionError(f"metric {metric!r} is unknown; expected {' or '.join(horizon.METRICS)}")
     if (path / "store.json").exists():
         made = store.open_store(path)
+        if source["half_model"] not in (None, made.source.get("half_model")):
+            raise OptionError(
+                f"store {path.name} was made without this model of half the length; leave out --half, or build another "
+                "store"
+            )
         if recipe is not None:
             message(f"store {path.name} keeps the damping that it was made with: --recipe is not read again")
         kept = {name: made.source.get(name) for name in ("scales", "damping")}

@@ -14,7 +14,8 @@ from influence import items as tables
 from influence.features import Recipe
 from influence.memory import peak
 from influence.progress import Message, Progress, silent
-from influence.waypoints import base_is_known
+from influence.scoring import METHODS
+from influence.waypoints import base_is_known, default_method
 
 Shape = tuple[bool, int, int]
 """Of a forward: whether it gives curvature rows, its rows of φ, and the draws of each."""
@@ -68,7 +69,7 @@ def plan(
         InfluenceError: An input cannot be used.
     """
     recipe_file = options.pop("recipe", None)
-    base = options.pop("base", None)
+    base, half = options.pop("base", None), options.pop("half", None)
     for name in ("store", "workers"):
         options.pop(name, None)
     start = time.perf_counter()
@@ -84,7 +85,7 @@ def plan(
         others = pipeline.read_controls(controls, denoiser, creator_column, members, message)
     _, rate = pipeline.curvature_budget(chosen, data, curvature_rows)
     setup = time.perf_counter() - start
-    source = pipeline.source_of(chosen, base, creator_column, denoiser)
+    source = pipeline.source_of(chosen, base, half, creator_column, denoiser)
     kept = pipeline.COPIES * pipeline.shard_bytes(loaded, chosen, data, rate)
     kept += pipeline.waypoint_bytes(source, denoiser)
     if memory is not None:
@@ -107,7 +108,7 @@ def plan(
         psi_rows = round(sum(count for shape, count in found.items() if shape[0]))
         disk += _ROW * len(ids)
         families = [psi_rows]
-        if base_is_known(source):  # the second point of the way has no curvature rows
+        if METHODS[default_method(source)].elsewhere:  # those under the second model have no curvature rows
             found, which = forwards(replace(recipe, curvature_rate=0.0), ids, per_shard)
             draws = which | draws
             rows |= {shape: rows.get(shape, 0.0) + count for shape, count in found.items()}

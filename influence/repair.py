@@ -6,13 +6,12 @@ from pathlib import Path
 from influence import store as stores
 from influence.building import run_shards
 from influence.errors import StoreError
-from influence.loading import DEFAULT_BATCH, Loaded, load_for
+from influence.loading import DEFAULT_BATCH, load_for
 from influence.pipeline import read
 from influence.progress import Message, Progress, silent
 from influence.shards import FAMILIES
-from influence.store import Store
 from influence.verification import Problem, drop, verify
-from influence.waypoints import load_base, waypoint
+from influence.waypoints import model_of
 
 
 def repair(
@@ -83,26 +82,9 @@ def repair(
         for family in FAMILIES:
             numbers = {problem.shard for problem in damaged if problem.family == family and problem.shard is not None}
             if numbers:
-                of = _model_of(made, family, loaded, model, lora)
+                of = model_of(family, made.source, loaded, model=model, lora=lora)
                 todo.append((made, family, numbers, of, options, data))
     drop(folder, problems)
     for made, family, numbers, loaded, options, data in todo:
         run_shards(made, family, loaded, options, data, 1, progress, message, only=numbers)
     return problems
-
-
-def _model_of(
-    made: Store,
-    family: str,
-    loaded: Loaded,
-    model: str | os.PathLike[str] | None,
-    lora: str | os.PathLike[str] | None,
-) -> Loaded:
-    """What a family's features were taken of: the fine-tuned model, its base, or a model between them."""
-    if family not in ("base", "late"):
-        return loaded
-    moved = {"model": model if made.source["lora"] else None, "lora": lora}
-    before = load_base(made.source, loaded.denoiser, None, loaded.device, **moved)
-    if before is None:
-        raise StoreError(f"store {made.path.name} does not say where its model was before the fine-tune")
-    return waypoint(family, loaded, before)

@@ -27,7 +27,7 @@ class Method:
     family: str = "loss"
     """Which features of the store: of the `loss`, or of the `square` output."""
     beside: str | None = None
-    """A second family: `late`, of half of the steps."""
+    """A second family: `late` or `half`."""
     along: Mapping[str, float] = field(default_factory=dict)
     """Weights of other families, if the mean of their features along the way is taken in place of its own."""
     curvature: str | None = None
@@ -60,6 +60,13 @@ METHODS: dict[str, Method] = {
         beside="late",
         steps=2,
     ),
+    # The mean over trainings of the whole length and of half of it; see ARCHITECTURE.md.
+    "two-length": Method(
+        "τ = (1/N) (φ_qᵀ C⁻¹ φ_i + φ″_qᵀ C⁻¹ φ″_i),  C = H + 2λI,  φ″ of a fine-tune of half the epochs",
+        curvature="psi",
+        beside="half",
+        steps=2,
+    ),
     # Park et al. (2023), one checkpoint, without the loss weights Q.
     "trak": Method("τ = φ_qᵀ (ΦᵀΦ + λI)⁻¹ φ_i", curvature="phi"),
     # Zheng et al. (2024): TRAK on the gradient of the mean square of the prediction.
@@ -83,9 +90,11 @@ def precondition(
     Raises:
         OptionError: The cosine of a query without gradient is wanted.
     """
-    if curvature is not None and method.beside == "late":
-        end, before = solve(curvature, torch.cat(phi_q.chunk(2, dim=1))).chunk(2)
-        return torch.cat([end, curvature.damping * solve(curvature, before)], dim=1) / num_train
+    if curvature is not None and method.beside is not None:
+        end, other = solve(curvature, torch.cat(phi_q.chunk(2, dim=1))).chunk(2)
+        if method.beside == "late":
+            other = curvature.damping * solve(curvature, other)
+        return torch.cat([end, other], dim=1) / num_train
     if curvature is not None:
         return solve(curvature, phi_q) / num_train
     v = phi_q.double()

@@ -25,6 +25,7 @@ FAMILIES = {
     "square": "of another output",
     "base": "under the model before the fine-tune",
     "late": "at ¾ of the way of the fine-tune",
+    "half": "under a fine-tune of half the length",
 }
 """Which gradients a store may hold."""
 
@@ -40,7 +41,7 @@ class ShardContent:
     """Features of the images of one shard. Items and rows are in the order of `item_ids`."""
 
     family: str
-    """What was differentiated: `loss` or `square`; `base` is the loss under the model before the fine-tune."""
+    """What was differentiated: `loss` or `square`; the others are of the loss under other models."""
     shard: int
     item_ids: list[str]
     phi: np.ndarray

@@ -1,4 +1,4 @@
-"""Models on the way of a fine-tune: its base, its end, and the point between them that `two-point` asks as well."""
+"""Models of a fine-tune beside its end, which methods ask as well: its base, a point between, one of half the length."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from influence import models
-from influence.errors import OptionError
+from influence.errors import OptionError, StoreError
 from influence.loading import Loaded
 from influence.models import Denoiser
 
@@ -23,6 +23,8 @@ def base_is_known(source: Mapping[str, Any]) -> bool:
 
 def default_method(source: Mapping[str, Any]) -> str:
     """The method that foretells retraining best of those that a store's source allows."""
+    if source.get("half") is not None:
+        return "two-length"
     return "two-point" if base_is_known(source) else "gauss-newton"
 
 
@@ -67,41 +69,107 @@ def load_base(
     known = finetuned.identity["model"] if source["lora"] is not None else source.get("base_model")
     if known is not None and found.identity["model"] != known:
         raise OptionError(f"the base at {path or source['model']} is not the one that the store was built with")
+    _require_alike(found, finetuned, f"the base at {path}", "pass the pipeline that the fine-tune started from")
+    return found
+
+
+def load_half(
+    source: Mapping[str, Any], finetuned: Denoiser, device: str, *, model: str | os.PathLike[str] | None = None
+) -> Denoiser:
+    """The model of a fine-tune of half as many epochs.
+
+    Args:
+        source: Where the store's models came from.
+        finetuned: The model after the whole fine-tune.
+        device: Where to put it.
+        model: Where the model that a LoRA was put on is now, if it was moved.
+
+    Raises:
+        ModelError: It is not there, or cannot be loaded.
+        OptionError: It is another than at build, or not of this fine-tune.
+    """
+    options = {"parameters": source["parameters"], "resolution": source["resolution"], "device": device}
+    path = Path(source["half"])
+    if source["lora"] is None:
+        found = models.load_denoiser(path, **options)
+    else:
+        found = models.load_denoiser(Path(source["model"] if model is None else model), lora=path, **options)
+    known = source.get("half_model")
+    if known is not None and half_identity(found) != known:
+        raise OptionError(f"the model of half the length at {path} is not the one that the store was built with")
+    advice = "pass what the same fine-tune made in half of its epochs, as influence halve does"
+    _require_alike(found, finetuned, f"the model of half the length at {path}", advice)
+    require_same_parameters(found, finetuned, "the model of half the length", advice)
+    return found
+
+
+def half_identity(denoiser: Denoiser) -> str:
+    """What tells the model of half the length from another: hash of its LoRA, or of its weights."""
+    return denoiser.identity["lora"] or denoiser.identity["model"]
+
+
+def _require_alike(found: Denoiser, finetuned: Denoiser, what: str, advice: str) -> None:
     here, there = (
         (each.identity["schedule"], each.schedule.prediction, tuple(each.sample_shape), each.conditional)
         for each in (found, finetuned)
     )
     for name, a, b in zip(("schedule", "prediction", "sample shape", "captions"), here, there, strict=True):
         if a != b:
-            raise OptionError(
-                f"the base at {path} has another {name} ({a}) than the fine-tuned model ({b}); pass the pipeline that "
-                "the fine-tune started from"
-            )
-    return found
+            raise OptionError(f"{what} has another {name} ({a}) than the fine-tuned model ({b}); {advice}")
 
 
-def require_same_parameters(base: Denoiser, finetuned: Denoiser) -> None:
-    """Refuse a base that no training makes into the fine-tuned model.
+def require_same_parameters(found: Denoiser, finetuned: Denoiser, what: str, advice: str) -> None:
+    """Refuse a model that is not of the same fine-tune.
 
     Raises:
         OptionError: Their parameters differ in number or shape.
     """
-    here, there = ({name: tuple(p.shape) for name, p in each.parameters.items()} for each in (base, finetuned))
+    here, there = ({name: tuple(p.shape) for name, p in each.parameters.items()} for each in (found, finetuned))
     differ = [name for name in {**here, **there} if here.get(name) != there.get(name)]
     if differ:
         raise OptionError(
-            f"the base has other parameters than the fine-tuned model: {differ[0]} is {here.get(differ[0])} and "
-            f"{there.get(differ[0])} ({len(differ)} differ); pass the pipeline that the fine-tune started from"
+            f"{what} has other parameters than the fine-tuned model: {differ[0]} is {here.get(differ[0])} and "
+            f"{there.get(differ[0])} ({len(differ)} differ); {advice}"
         )
 
 
-def waypoint(family: str, loaded: Loaded, base: Denoiser) -> Loaded:
-    """The model that a family of features is taken of: `base`, or `late` at `LATE` of the way to the fine-tune.
+def model_of(
+    family: str,
+    source: Mapping[str, Any],
+    loaded: Loaded,
+    *,
+    before: Denoiser | None = None,
+    model: str | os.PathLike[str] | None = None,
+    lora: str | os.PathLike[str] | None = None,
+) -> Loaded:
+    """The model that a family of features is taken of.
+
+    It is the fine-tuned one (`loss`, `square`), its base (`base`), that at `LATE` of the way between these (`late`), or
+    one of half as many epochs (`half`).
+
+    Args:
+        family: Name in `FAMILIES`.
+        source: Where the store's models came from.
+        loaded: The fine-tuned model, and how features are taken.
+        before: The base, if it is loaded already.
+        model: Where the model is now, if it was moved.
+        lora: Where the LoRA is now.
 
     Raises:
-        ModelError: Base and fine-tune have other weights.
+        InfluenceError: A model cannot be loaded, or is of another fine-tune.
+        StoreError: It is not known where the base is.
     """
-    found = base if family == "base" else models.between(base, loaded.denoiser, LATE)
+    if family in ("loss", "square"):
+        return loaded
+    moved = {"model": model if source["lora"] is not None else None}
+    if family == "half":
+        found = load_half(source, loaded.denoiser, loaded.device, **moved)
+    else:
+        if before is None:
+            before = load_base(source, loaded.denoiser, None, loaded.device, lora=lora, **moved)
+        if before is None:
+            raise StoreError("the store does not say where its model was before the fine-tune")
+        found = before if family == "base" else models.between(before, loaded.denoiser, LATE)
     return Loaded(found, loaded.spec, replace(loaded.recipe, parameters=found.parameters))
 
 

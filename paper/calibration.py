@@ -190,9 +190,7 @@ def coverage(made: influence.Store, asked: pd.DataFrame, scored: Scored, count: 
     """How often 95 % intervals of scores hold the value from 20 times as many draws, of both pictures."""
     loaded, name = scored.loaded, scored.table.attrs["method"]
     method = influence.METHODS[name]
-    assert method.beside in (None, "late")
-    before = waypoints.load_base(made.source, loaded.denoiser, None, "cpu")
-    points = [loaded] if method.beside is None else [loaded, waypoints.waypoint("late", loaded, before)]
+    points = [waypoints.model_of(family, made.source, loaded) for family in (method.family, *method.elsewhere)]
     picked = asked.iloc[np.linspace(0, len(asked) - 1, count).round().astype(int)]
     paths, prompts = picked["path"].tolist(), picked["caption"].tolist()
     data = pipeline.read(made.source["dataset"], loaded.denoiser, None, lambda *_: None, lambda *_: None)

@@ -17,7 +17,7 @@ LAYERS = [
     ["items", "finetuning"],
     ["store", "executors", "typefaces", "horizon", "taking"],
     ["verification", "figure", "contactsheet", "loading", "retraining"],
-    ["waypoints"],
+    ["waypoints", "halving"],
     ["building"],
     ["pipeline"],
     ["inspection", "queries", "planning", "nearcopies", "holdout"],

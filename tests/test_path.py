@@ -88,7 +88,7 @@ def test_two_points_are_two_implicit_steps(world):
         made, model=None, lora=None, draws=DRAWS, engine="auto", batch_size=64, device="cpu", message=print
     )
     base = waypoints.load_base(made.source, loaded.denoiser, None, "cpu")
-    between = waypoints.waypoint("late", loaded, base)
+    between = waypoints.model_of("late", made.source, loaded, before=base)
     for name, p in between.denoiser.parameters.items():
         torch.testing.assert_close(p, 0.25 * base.parameters[name] + 0.75 * loaded.denoiser.parameters[name])
     asked = influence.queries.read_queries(loaded, "loss", [picture], [None], silent, silent, None, {"late": between})
@@ -125,7 +125,7 @@ def test_scores_are_those_of_the_mean_of_the_features_along_the_way(world):
     )
     base = waypoints.load_base(store.source, loaded.denoiser, None, "cpu")
     silent = influence.progress.silent
-    points = {family: waypoints.waypoint(family, loaded, base) for family in ("base", "late")}
+    points = {family: waypoints.model_of(family, store.source, loaded, before=base) for family in ("base", "late")}
     asked = influence.queries.read_queries(loaded, "loss", [picture], [None], silent, silent, base, points)
     under_base, late = (asked.beside[family][0] for family in points)
     for found, q, rows in zip(dots, (asked.phi, under_base), (phi, phi0), strict=True):

@@ -39,7 +39,7 @@ def scanned(path, name):
     """The whole scan of a store: table, totals, errors."""
     made = store.open_store(path)
     method = METHODS[name]
-    phi = np.random.default_rng(0).standard_normal((QUERIES, made.spec.dim * (1 + (method.beside == "late"))))
+    phi = np.random.default_rng(0).standard_normal((QUERIES, made.spec.dim * (1 + (method.beside is not None))))
     names = [f"query {i}" for i in range(QUERIES)]
     rows = phi.astype(np.float32)
     asked = Queries(names, [None] * QUERIES, names, rows, rows[:, None], np.ones((QUERIES, 1), np.float32), None)
@@ -50,7 +50,7 @@ def scanned(path, name):
     return scanning.with_errors(made, method, v, torch.stack([v, 2 * v]), groups, h, table, creators)
 
 
-@pytest.mark.parametrize("name", ["gauss-newton", "path", "two-point", "grad-cos"])
+@pytest.mark.parametrize("name", ["gauss-newton", "path", "two-point", "two-length", "grad-cos"])
 @pytest.mark.parametrize("excluded", [False, True])
 def test_a_scan_says_the_same_bit_by_bit_as_without_read_ahead(tmp_path, monkeypatch, name, excluded):
     made = filled(tmp_path / "s", count=40)

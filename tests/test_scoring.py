@@ -31,7 +31,7 @@ def scored(name, phi=PHI, ids=IDS, block=7, phi_q=PHI_Q):
     if method.curvature:
         source = PSI if method.curvature == "psi" else phi
         solver = curvature.curvature([(source, np.ones(len(source)))], dim=K, damping=0.1, num_rows=len(source))
-    if method.beside == "late":
+    if method.beside is not None:
         phi, phi_q = two_points(phi), two_points(phi_q)
     v = scoring.precondition(method, torch.from_numpy(phi_q), solver, float(len(phi)))
     blocks = [(ids[i : i + block], phi[i : i + block]) for i in range(0, len(phi), block)]
@@ -41,6 +41,9 @@ def scored(name, phi=PHI, ids=IDS, block=7, phi_q=PHI_Q):
 def oracle(name):
     if name in ("gauss-newton", "path"):  # what differs are the features
         return damped_inverse_times(PSI, np.ones(80), 0.1, PHI_Q) @ PHI.T / N
+    if name == "two-length":
+        end = damped_inverse_times(PSI, np.ones(80), 0.1, PHI_Q) @ PHI.T / N
+        return end + damped_inverse_times(PSI, np.ones(80), 0.1, 2 * PHI_Q[:, ::-1]) @ (2 * PHI[:, ::-1]).T / N
     if name == "two-point":
         end = damped_inverse_times(PSI, np.ones(80), 0.1, PHI_Q) @ PHI.T / N
         lam = 0.1 * np.trace(PSI.T.astype(float) @ PSI / 80) / K

@@ -1,0 +1,146 @@
+"""A fine-tune of half the length: made by the trainer, taken by a build, and scored beside the whole one."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from influence_cli.main import cli
+from tiny_models import pictures, tiny_ddpm, tiny_lora, tiny_stable_diffusion
+
+import influence
+from influence import finetuning, models, retraining
+from influence.errors import ModelError, OptionError
+from influence.finetuning import FineTune
+
+DRAWS = 8
+WHOLE = FineTune(epochs=3, batch_size=4, learning_rate=1e-3)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    path = tmp_path_factory.mktemp("half")
+    pictures(path / "data", count=7, size=8, captions=False)
+    pictures(path / "controls", count=5, size=8, captions=False, key=1)
+    for name, seed in (("base", 1), ("model", 2), ("half", 3)):
+        tiny_ddpm(path / name, seed=seed)
+    options = {"dim": 64, "draws": DRAWS, "controls": path / "controls", "metric": "plain"}
+    both = {"base": path / "base", "half": path / "half"}
+    influence.build(path / "data", model=path / "model", store=path / "s", **both, **options)
+    influence.build(path / "data", model=path / "half", store=path / "of_half", **options)
+    return path
+
+
+def stacked(store, family="loss"):
+    parts = [(content.item_ids, content.phi, content.psi) for content in influence.open_store(store).blocks(family)]
+    return [item_id for ids, _, _ in parts for item_id in ids], *(
+        np.concatenate([p[i] for p in parts]).astype(float) for i in (1, 2)
+    )
+
+
+def test_scores_add_up_those_of_both_models_and_are_the_default(world):
+    picture = world / "controls" / "002.png"
+    table = influence.attribute(picture, world / "s", k=None, draws=DRAWS, damping=0.3)
+    assert table.attrs["method"] == "two-length"
+    made = influence.open_store(world / "s")
+    assert made.complete("half") and made.controls().complete("half") and made.missing("late")
+    ids, end, psi = stacked(world / "s")
+    others, half, _ = stacked(world / "of_half")
+    assert ids == others
+    np.testing.assert_allclose(stacked(world / "s", "half")[1], half, rtol=1e-5, atol=1e-6 * np.abs(half).max())
+    silent, asked = influence.progress.silent, []
+    for store in ("s", "of_half"):
+        loaded, _ = influence.loading.load_for(
+            influence.open_store(world / store), model=None, lora=None, draws=DRAWS, engine="auto", batch_size=64,
+            device="cpu", message=print,
+        )  # fmt: skip
+        asked.append(influence.queries.read_queries(loaded, "loss", [picture], [None], silent, silent).phi[0])
+    inverse = np.linalg.inv(psi.T @ psi / len(psi) + 2 * 0.3 * (psi**2).sum() / len(psi) / 64 * np.eye(64))
+    expected = (end @ inverse @ asked[0] + half @ inverse @ asked[1]) / len(ids)
+    by_item = table.set_index("item_id")["score"]
+    np.testing.assert_allclose([by_item[i] for i in ids], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    assert table["p_value"].between(1 / 6, 1).all() and (table["score_se"] > 0).all()
+    assert (table["leverage"] > 0).any()
+
+
+def test_answers_are_of_the_whole_way_with_it_too(world):
+    made = influence.answer(world / "controls" / "002.png", world / "s", draws=DRAWS)
+    assert made.facts["totals"] == "whole way" and made.facts["method"] == "two-length"
+
+
+def test_a_damaged_shard_of_it_is_built_again_of_it(world, tmp_path):
+    store = shutil.copytree(world / "s", tmp_path / "s")
+    file = next((store / "shards").glob("half-*.h5"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100] + bytes(100))
+    assert [problem.family for problem in influence.verify(store)] == ["half"]
+    influence.repair(store)
+    assert file.read_bytes() == whole
+
+
+def test_a_store_without_it_says_how_to_make_it(world):
+    with pytest.raises(OptionError, match="needs a fine-tune of half the epochs: make it with influence halve"):
+        influence.attribute(world / "data" / "003.png", world / "of_half", method="two-length", draws=DRAWS)
+
+
+def test_another_model_of_half_the_length_is_refused(world, tmp_path):
+    options = {"model": world / "model", "dim": 64, "draws": DRAWS, "metric": "plain"}
+    tiny_ddpm(tmp_path / "wide", size=8, width=16)
+    with pytest.raises(OptionError, match=r"the model of half the length has other parameters .* pass what the same"):
+        influence.build(world / "data", store=tmp_path / "new", half=tmp_path / "wide", **options)
+    assert not (tmp_path / "new").exists()
+    for store in ("s", "of_half"):
+        with pytest.raises(OptionError, match=f"store {store} was made without this model of half the length; leave"):
+            influence.build(world / "data", store=world / store, half=world / "base", **options)
+    shutil.copytree(world / "half", tmp_path / "half")
+    influence.build(world / "data", store=tmp_path / "s", half=tmp_path / "half", **options)
+    shutil.rmtree(tmp_path / "half")
+    tiny_ddpm(tmp_path / "half", seed=4)
+    with pytest.raises(OptionError, match="is not the one that the store was built with"):
+        influence.attribute(world / "data" / "003.png", tmp_path / "s", draws=DRAWS)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_halve_is_the_trainer_for_half_of_the_epochs(tmp_path, lora):
+    base = tiny_stable_diffusion(tmp_path / "base") if lora else tiny_ddpm(tmp_path / "base")
+    data = pictures(tmp_path / "data", count=6, size=16 if lora else 8, captions=lora)
+    recipe = dataclasses.replace(WHOLE, lora_rank=2) if lora else WHOLE
+    (tmp_path / "finetune.json").write_text(json.dumps(dataclasses.asdict(recipe)), encoding="utf-8")
+    steps = []
+    influence.halve(
+        data, tmp_path / "half", base=base, recipe=tmp_path, seed=5, progress=lambda *step: steps.append(step)
+    )
+    assert steps[-1] == ("fine-tune", 3, 3)  # ⌈1.5 · 6 / 4⌉
+    found = models.load_denoiser(base if lora else tmp_path / "half", lora=tmp_path / "half" if lora else None)
+    half = dataclasses.replace(recipe, epochs=1.5)
+    assert finetuning.read_recipe(tmp_path / "half") == half
+    expected = finetuning.start(base, half)
+    items = sorted(influence.datasets.read_dataset(data).items, key=lambda item: item.item_id)
+    encoded = retraining.encode(expected, [item.path for item in items], [item.caption for item in items])
+    finetuning.fine_tune(expected, half, *encoded, seed=5)
+    for name, value in expected.parameters.items():
+        torch.testing.assert_close(found.parameters[name], value.detach(), rtol=1e-5, atol=1e-7)
+    with pytest.raises(ModelError, match="exists already; choose another folder"):
+        influence.halve(data, tmp_path / "half", base=base, recipe=tmp_path)
+
+
+def test_a_lora_of_half_the_length_goes_from_the_command_line_into_scores(tmp_path):
+    base = tiny_stable_diffusion(tmp_path / "base")
+    tiny_lora(base, tmp_path / "lora")
+    data = pictures(tmp_path / "data", count=5, size=16)
+    recipe = dataclasses.replace(WHOLE, lora_rank=2, lora_alpha=4.0)
+    (tmp_path / "lora" / "finetune.json").write_text(json.dumps(dataclasses.asdict(recipe)), encoding="utf-8")
+    half, store = tmp_path / "half", tmp_path / "s"
+    parts = ["halve", data, "--base", base, "--recipe", tmp_path / "lora", "-o", half]
+    result = CliRunner().invoke(cli, [str(part) for part in parts])
+    assert result.exit_code == 0 and "pass it to influence build --half" in result.stdout, result.output
+    parts = ["build", data, "--model", base, "--lora", tmp_path / "lora", "--half", half, "--dim", 32, "--draws", 4]
+    planned = CliRunner().invoke(cli, [str(part) for part in [*parts, "--plan"]])
+    assert planned.exit_code == 0, planned.output
+    result = CliRunner().invoke(cli, [str(part) for part in [*parts, "--store", store]])
+    assert result.exit_code == 0, result.output
+    table = influence.attribute(data / "001.png", store, k=None, draws=4, prompt="picture 1")
+    assert table.attrs["method"] == "two-length" and np.isfinite(table["score"]).all()
