@@ -1,4 +1,4 @@
-"""Models of a fine-tune beside its end, which methods ask as well: its base, a point between, one of half the length."""
+"""Models of a fine-tune that methods ask beside its end: its base, a point between, one of half the length."""
 
 import os
 from collections.abc import Iterator, Mapping

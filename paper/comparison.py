@@ -3,8 +3,10 @@
     python paper/comparison.py emoji --work work/emoji
 
 Features are kept in the work folder (about 3 GB). Every method has 80 backward passes for each training image and 256
-for each query; all that project have the same k. `as built` is the default with the draws that the library has by
-itself, 40 of an image and 256 of a query at both points beside the curvature rows: 120 and 512 passes. LDS ×100 is
+for each query; all that project have the same k. `two-length` counts those that train the fine-tune of half the length,
+one for each epoch, among its 80. `as built` is the default with the draws that the library has by itself, 40 of an
+image and 256 of a query under both models beside the curvature rows: 120 passes, the training of half the length, and
+512. `trak, two lengths` is what the same idea does for TRAK: the mean of its scores under both models. LDS ×100 is
 given at the method's own best damping on all halves (an oracle), and at the damping that is best on one half of the
 masks, scored on the other, both ways round. The defaults have neither: their metric and damping are those of the
 fine-tune's own steps (`influence/horizon.py`).
@@ -26,6 +28,7 @@ from influence import diffusion, evaluation, features, finetuning, gradients, ho
 from influence.curvature import Curvature, curvature, solve
 from influence.features import Recipe
 from influence.gradients import Inputs, Output
+from influence.halving import halve
 from influence.models import Denoiser
 from influence.projection import PROJECTIONS, Projection
 from influence.waypoints import LATE
@@ -34,7 +37,8 @@ DIM, DRAWS, QUERY_DRAWS = 32768, 40, 128
 TIMES = (0.1, 0.3, 1.0, 3.0, 10.0)  # λ of our own methods, in units of the default
 DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 RHOS = (1e-4, 1e-3, 1e-2, 0.1, 1.0)
-DEFAULT, TWO_POINT, AS_BUILT = "gauss-newton, default", "two-point, default", "two-point, as built"
+DEFAULT, TWO_POINT, TWO_LENGTH = "gauss-newton, default", "two-point, default", "two-length, default"
+AS_BUILT = "two-length, as built"
 Scores = np.ndarray
 
 
@@ -62,7 +66,7 @@ class Subject:
         asked = retraining.encode(self.denoiser, [q.path for q in truth.queries], [q.caption for q in truth.queries])
         self.train = Side("train", [item.item_id for item in truth.items], *encoded, DRAWS)
         self.query = Side("query", truth.query_ids, *asked, QUERY_DRAWS)
-        self.folder = work / "features"
+        self.work, self.folder = work, work / "features"
         self.folder.mkdir(exist_ok=True)
         self.shapes = {name: tuple(p.shape) for name, p in self.denoiser.parameters.items()}
         self.size = sum(p.numel() for p in self.denoiser.parameters.values())
@@ -150,30 +154,39 @@ class Subject:
             raise SystemExit(f"there are {done} curvature rows; expected {count}")
         return np.concatenate(phi)
 
+    def plain_phi(self, side: Side, output: str, seed: int) -> np.ndarray:
+        """φ in the plain metric, of the draws of one seed."""
+        return self.kept(f"{output}-{side.role}-{seed}", lambda: self.phi(side, output, seed, self.sketch))
+
     def mean_phi(self, side: Side, output: str) -> np.ndarray:
         """Mean over the draws of two seeds."""
-        return (
-            sum(
-                self.kept(f"{output}-{side.role}-{seed}", lambda s=seed: self.phi(side, output, s, self.sketch))
-                for seed in (0, 1)
-            )
-            / 2
-        )
+        return (self.plain_phi(side, output, 0) + self.plain_phi(side, output, 1)) / 2
 
 
 @contextlib.contextmanager
 def moved(subject: Subject, s: float) -> Iterator[None]:
     """The weights at a point of the way."""
-    parameters = subject.denoiser.parameters
-    end = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    end = finetuning.weights(subject.denoiser)
     base = finetuning.weights(finetuning.start(subject.truth.base, subject.truth.recipe))
     lora = subject.truth.recipe.lora_rank is not None
-    for name, parameter in parameters.items():
-        start = (end[name] if "lora_A" in name else 0 * end[name]) if lora else base[name]
-        parameter.data.copy_((1 - s) * start + s * end[name])
+    start = {name: (value if "lora_A" in name else 0 * value) if lora else base[name] for name, value in end.items()}
+    finetuning.set_weights(subject.denoiser, {name: (1 - s) * start[name] + s * value for name, value in end.items()})
     yield
-    for name, parameter in parameters.items():
-        parameter.data.copy_(end[name])
+    finetuning.set_weights(subject.denoiser, end)
+
+
+@contextlib.contextmanager
+def half_as_long(subject: Subject) -> Iterator[None]:
+    """The weights of the fine-tune of half the epochs."""
+    truth, folder = subject.truth, subject.work / "half"
+    if not folder.exists():
+        halve(truth.dataset, folder, base=truth.base, recipe=subject.work / "model")
+    adapted = truth.recipe.lora_rank is not None
+    half = models.load_denoiser(truth.base if adapted else folder, lora=folder if adapted else None)
+    end = finetuning.weights(subject.denoiser)
+    finetuning.set_weights(subject.denoiser, finetuning.weights(half))
+    yield
+    finetuning.set_weights(subject.denoiser, end)
 
 
 def halves(truth: retraining.Truth) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -235,6 +248,11 @@ def late(subject: Subject, seed: int) -> list[np.ndarray]:
     return [np.load(subject.folder / f"{name}.npy") for name in names]
 
 
+def at_the_end(subject: Subject) -> list[np.ndarray]:
+    """φ of queries and images at the end: 40 draws of an image and 256 of a query."""
+    return [(at_end(subject, 0) + at_end(subject, 1)) / 2, curvature_rows(subject)[0]]
+
+
 def two_points(subject: Subject) -> list[np.ndarray]:
     """φ of queries and images at the end and at ¾ of the way: 20 draws of an image and 128 of a query at each."""
     half = replace(subject.train, draws=DRAWS // 2)
@@ -242,28 +260,57 @@ def two_points(subject: Subject) -> list[np.ndarray]:
     return [at_end(subject, 0), end, *late(subject, 1)]
 
 
-def two_points_as_built(subject: Subject) -> list[np.ndarray]:
-    """The same with 40 draws of an image and 256 of a query at each."""
+def under_half(subject: Subject, query_draws: int, draws: int, projection: str = "metric") -> list[np.ndarray]:
+    """φ of queries and images under the fine-tune of half the length."""
+    sides = (replace(subject.query, draws=query_draws), replace(subject.train, draws=draws))
+    names = [f"{projection}-length-{side.role}-{side.draws}" for side in sides]
+    if not all((subject.folder / f"{name}.npy").exists() for name in names):
+        with half_as_long(subject):
+            for name, side in zip(names, sides, strict=True):
+                subject.kept(name, lambda s=side: subject.phi(s, "loss", 4, getattr(subject, projection)))
+    return [np.load(subject.folder / f"{name}.npy") for name in names]
+
+
+def two_lengths(subject: Subject) -> list[np.ndarray]:
+    """φ under both fine-tunes; each epoch of the training of half the length costs a draw of an image."""
+    draws = int(DRAWS - subject.truth.recipe.epochs / 2) // 2
+    side = replace(subject.train, draws=draws)
+    end = subject.kept(f"metric-end-{draws}", lambda: subject.phi(side, "loss", 0, subject.metric))
+    return [at_end(subject, 0), end, *under_half(subject, QUERY_DRAWS, draws)]
+
+
+def two_lengths_as_built(subject: Subject) -> list[np.ndarray]:
+    """The same with 40 draws of an image and 256 of a query under each."""
     phi, _ = curvature_rows(subject)
-    at_late = [sum(pair) / 2 for pair in zip(late(subject, 1), late(subject, 2), strict=True)]
-    return [(at_end(subject, 0) + at_end(subject, 1)) / 2, phi, *at_late]
+    return [(at_end(subject, 0) + at_end(subject, 1)) / 2, phi, *under_half(subject, 2 * QUERY_DRAWS, DRAWS)]
 
 
-def ours(subject: Subject) -> dict[str, dict[float, Scores]]:
-    """`gauss-newton` and `two-point` at multiples of their default λ, as `influence/scoring.py` has them."""
-    phi, psi = curvature_rows(subject)
-    asked = (at_end(subject, 0) + at_end(subject, 1)) / 2
-    points = {"two-point": two_points(subject), "as-built": two_points_as_built(subject)}
-    n = len(phi)
-    found: dict[str, dict[float, Scores]] = {"gauss-newton": {}, "two-point": {}, "as-built": {}}
-    for times, factored in zip(TIMES, inverses(psi, [times * subject.lam for times in TIMES]), strict=True):
-        found["gauss-newton"][times] = solve(factored, torch.tensor(asked)).numpy() @ phi.T.astype(float) / n
-    for times, factored in zip(TIMES, inverses(psi, [2 * times * subject.lam for times in TIMES]), strict=True):
-        for name, (query, train, query_late, train_late) in points.items():
-            first = solve(factored, torch.tensor(query))
-            second = factored.damping * solve(factored, solve(factored, torch.tensor(query_late)))
-            tau = first.numpy() @ train.T.astype(float) + second.numpy() @ train_late.T.astype(float)
-            found[name][times] = tau / n
+OURS: dict[str, Callable[[Subject], list[np.ndarray]]] = {
+    "gauss-newton": at_the_end,
+    "two-point": two_points,
+    "two-length": two_lengths,
+    "as-built": two_lengths_as_built,
+}
+
+
+def ours(subject: Subject, names: Sequence[str]) -> dict[str, dict[float, Scores]]:
+    """Our methods at multiples of their default λ, as `influence/scoring.py` has them."""
+    _, psi = curvature_rows(subject)
+    points = {name: OURS[name](subject) for name in names}
+    found: dict[str, dict[float, Scores]] = {name: {} for name in names}
+    for steps in (1, 2):
+        those = [name for name in names if (steps == 1) == (name == "gauss-newton")]
+        lams = [steps * times * subject.lam for times in TIMES] if those else []
+        for times, factored in zip(TIMES, inverses(psi, lams) if those else (), strict=bool(those)):
+            for name in those:
+                query, train, *more = points[name]
+                tau = solve(factored, torch.tensor(query)).numpy() @ train.T.astype(float)
+                if more:
+                    second = solve(factored, torch.tensor(more[0]))
+                    if name == "two-point":
+                        second = factored.damping * solve(factored, second)
+                    tau += second.numpy() @ more[1].T.astype(float)
+                found[name][times] = tau / len(train)
     return found
 
 
@@ -271,6 +318,13 @@ def trak(subject: Subject) -> dict[float, Scores]:
     """Park et al. (2023), 80 draws."""
     train = subject.mean_phi(subject.train, "loss")
     return preconditioned(subject.mean_phi(subject.query, "loss"), train)
+
+
+def trak_two_lengths(subject: Subject) -> dict[float, Scores]:
+    """The mean of TRAK's scores under the fine-tune and that of half the length; 40 draws and 128 under each."""
+    end = preconditioned(*(subject.plain_phi(side, "loss", 0) for side in (subject.query, subject.train)))
+    half = preconditioned(*under_half(subject, QUERY_DRAWS, DRAWS, "sketch"))
+    return {damping: (tau + half[damping]) / 2 for damping, tau in end.items()}
 
 
 def d_trak(subject: Subject) -> dict[float, Scores]:
@@ -374,14 +428,14 @@ def cosines(subject: Subject) -> dict[str, Scores]:
 def all_scores(subject: Subject) -> dict[str, dict[float, Scores]]:
     """Each method at each damping."""
     found = {name: {0.0: tau} for name, tau in cosines(subject).items()}
-    for name, method in {"trak": trak, "d-trak": d_trak, "das": das}.items():
+    others = {"trak": trak, "trak, two lengths": trak_two_lengths, "d-trak": d_trak, "das": das}
+    for name, method in others.items():
         kept = subject.kept(f"scores-{name}", lambda m=method: np.stack(list(m(subject).values())))
         found[name] = dict(zip(DAMPINGS, kept, strict=True))
-    names = ("gauss-newton", "two-point", "as-built")
-    if not all((subject.folder / f"scores-{name}.npy").exists() for name in names):
-        for name, at in ours(subject).items():
-            subject.kept(f"scores-{name}", lambda at=at: np.stack(list(at.values())))
-    for name, default in zip(names, (DEFAULT, TWO_POINT, AS_BUILT), strict=True):
+    missing = [name for name in OURS if not (subject.folder / f"scores-{name}.npy").exists()]
+    for name, at in (ours(subject, missing) if missing else {}).items():
+        subject.kept(f"scores-{name}", lambda at=at: np.stack(list(at.values())))
+    for name, default in zip(OURS, (DEFAULT, TWO_POINT, TWO_LENGTH, AS_BUILT), strict=True):
         at = dict(zip(TIMES, np.load(subject.folder / f"scores-{name}.npy"), strict=True))
         if default != AS_BUILT:
             found[name] = at
@@ -415,7 +469,7 @@ def compare(subject: Subject, out: Path) -> pd.DataFrame:
             best[key] = max(each, key=each.__getitem__)
             blind = blind_choice({d: p[:, chosen] for d, p in dampings.items()}, outcome[:, chosen])
             rows.append([kind, *key, best[key], each[best[key]], blind, ceiling])
-        ours = [next(iter(foretold[name, "raw"].values()))[:, chosen] for name in (DEFAULT, TWO_POINT)]
+        ours = [next(iter(foretold[name, "raw"].values()))[:, chosen] for name in (DEFAULT, TWO_POINT, TWO_LENGTH)]
         stack = np.stack([*ours, *(foretold[key][best[key]][:, chosen] for key in foretold)])
         repeats = metrics.bootstrap(stack, outcome[:, chosen])
         for row, column in zip(rows[-len(foretold) :], range(len(ours), len(stack)), strict=True):
@@ -423,7 +477,7 @@ def compare(subject: Subject, out: Path) -> pd.DataFrame:
             for own in range(len(ours)):
                 row += np.quantile(repeats[:, own] - repeats[:, column], [0.025, 0.975]).tolist()
     names = ["kind", "method", "readout", "best_damping", "lds_best", "lds_blind", "ceiling"]
-    differences = [f"{name}_minus_{end}" for name in ("default", "two_point") for end in ("low", "high")]
+    differences = [f"{name}_minus_{end}" for name in ("default", "two_point", "two_length") for end in ("low", "high")]
     table = pd.DataFrame(rows, columns=[*names, "low", "high", *differences])
     table.to_csv(out, index=False, float_format="%.4f", lineterminator="\n")
     return table

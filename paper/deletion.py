@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from comparison import DEFAULT, TWO_POINT, Subject, all_scores
+from comparison import DEFAULT, TWO_LENGTH, TWO_POINT, Subject, all_scores
 from ground_truth import PAPER
 
 from influence import evaluation
 from influence.metrics import interval
 
-OURS = {"two-point": TWO_POINT, "gauss-newton": DEFAULT}  # the default where the base is known, and where it is not
+OURS = {"two-length": TWO_LENGTH, "two-point": TWO_POINT, "gauss-newton": DEFAULT}  # defaults, by what is known
 OTHERS = ("ek-fac", "trak", "d-trak", "das", "datainf")
 NEAREST = ("ek-fac", "trak")  # the others that come nearest by LDS
 FRACTION = 0.05
