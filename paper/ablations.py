@@ -5,8 +5,9 @@
 
 Works on the features that comparison.py kept. A sketch of k/2 entries is the sum of the halves of one of k, since its
 buckets are (j + o) mod k. λ and H are the default's in every line but those on them. Checkpoints are the weights at a
-part of the fine-tune's steps, from the same fine-tune done again; features there have 20 draws of an image and 64 of a
-query.
+part of the fine-tune's steps, from the same fine-tune done again; other lengths are fine-tunes of fewer epochs, on all
+images; features under all of these have 20 draws of an image and 64 of a query. Lines on the length are of `two-length`
+with another model in the place of that of half the length.
 """
 
 import argparse
@@ -16,7 +17,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from comparison import DIM, DRAWS, TIMES, Side, Subject, at_end, curvature_rows, halves, inverses, two_points
+from comparison import (
+    DIM,
+    DRAWS,
+    TIMES,
+    Side,
+    Subject,
+    at_end,
+    curvature_rows,
+    halves,
+    inverses,
+    products,
+    two_lengths_as_built,
+    two_points,
+)
 from ground_truth import PAPER
 
 from influence import diffusion, finetuning, keys, metrics
@@ -26,6 +40,15 @@ from influence.horizon import mean_along_gradients
 
 Line = tuple[str, str, np.ndarray]
 CHECKPOINTS = (0.5, 0.75)
+LENGTHS = {
+    "a quarter of the epochs": (0.25, 0, False),
+    "half of the epochs": (0.5, 0, False),
+    "half of the epochs, another seed": (0.5, 1, False),
+    "three quarters of the epochs": (0.75, 0, False),
+    "all epochs, another seed": (1.0, 1, False),
+    "all epochs on half of the images": (1.0, 0, True),
+}
+"""Part of the epochs, seed, and whether on the first of the truth's halves alone."""
 
 
 def folded(rows: np.ndarray, dim: int) -> np.ndarray:
@@ -33,10 +56,10 @@ def folded(rows: np.ndarray, dim: int) -> np.ndarray:
     return np.asarray(rows).reshape(len(rows), -1, dim).sum(1)
 
 
-def inverse(psi: np.ndarray, lam: float) -> Curvature:
+def inverse(psi: np.ndarray, lam: float, gram: torch.Tensor | None = None) -> Curvature:
     """H + λI of curvature rows, factored."""
     if len(psi) < psi.shape[1]:
-        return next(inverses(psi, [lam]))
+        return next(inverses(psi, [lam], gram))
     blocks = [
         (psi[first : first + 2000], np.ones(len(psi[first : first + 2000]))) for first in range(0, len(psi), 2000)
     ]
@@ -80,10 +103,9 @@ def plain(subject: Subject) -> np.ndarray:
     return scores(subject.mean_phi(subject.query, "loss"), np.asarray(train), inverse(psi, lam))
 
 
-def end_query(subject: Subject) -> np.ndarray:
+def end_query(subject: Subject, factored: Curvature) -> np.ndarray:
     """`two-point` with the query's gradient of the end in both steps."""
     asked, half, _, half_late = two_points(subject)
-    factored = inverse(np.asarray(curvature_rows(subject)[1]), 2 * subject.lam)
     once = solve(factored, torch.tensor(asked))
     tau = once.numpy() @ half.T.astype(float)
     return (tau + factored.damping * solve(factored, once).numpy() @ half_late.T.astype(float)) / len(half)
@@ -103,6 +125,24 @@ def slopes(subject: Subject, tau: np.ndarray, masks: np.ndarray, outcome: np.nda
         found.append(np.linalg.lstsq(columns - columns.mean(0), outcome[:, q] - outcome[:, q].mean(), rcond=None)[0])
     others, own = np.median(found, 0)
     return float(others), float(own)
+
+
+def at_length(subject: Subject, name: str, masks: np.ndarray) -> list[np.ndarray]:
+    """φ of queries and images under a fine-tune of another length."""
+    sides = (replace(subject.query, draws=64), replace(subject.train, draws=20))
+    files = [f"length-{side.role}-{name.replace(' ', '-')}" for side in sides]
+    if not all((subject.folder / f"{file}.npy").exists() for file in files):
+        part, seed, half = LENGTHS[name]
+        recipe = replace(subject.truth.recipe, epochs=part * subject.truth.recipe.epochs)
+        other = finetuning.start(subject.truth.base, recipe)
+        x0, cond = subject.train.x0, subject.train.cond
+        finetuning.fine_tune(other, recipe, x0, cond, seed=seed, members=masks[0] if half else None)
+        end = finetuning.weights(subject.denoiser)
+        finetuning.set_weights(subject.denoiser, finetuning.weights(other))
+        for file, side in zip(files, sides, strict=True):
+            subject.kept(file, lambda side=side: subject.phi(side, "loss", 3, subject.metric))
+        finetuning.set_weights(subject.denoiser, end)
+    return [np.load(subject.folder / f"{file}.npy") for file in files]
 
 
 def checkpoints(subject: Subject) -> dict[float, tuple[np.ndarray, np.ndarray]]:
@@ -140,27 +180,40 @@ def checkpoints(subject: Subject) -> dict[float, tuple[np.ndarray, np.ndarray]]:
     return dict(zip(named, zip(query, train, strict=True), strict=True))
 
 
-def lines(subject: Subject) -> Iterator[Line]:
+def lines(subject: Subject, masks: np.ndarray) -> Iterator[Line]:
     """What is changed, to what, and the scores."""
     n, draws = len(subject.train.ids), DRAWS
     train, psi = curvature_rows(subject)
     train, item = np.asarray(train), np.repeat(np.arange(n), draws)
     query = [np.asarray(at_end(subject, seed)) for seed in (0, 1)]
     mean, lam = (query[0] + query[1]) / 2, subject.lam
-    unit = float((np.asarray(psi, np.float64) ** 2).sum() / len(psi)) / DIM
-    h = inverse(psi, lam)
+    in_plain = plain(subject)  # before anything else is factored: each factor and its rows are some GB
+    psi = np.asarray(psi)
+    gram = products(psi)
+    unit = float(gram.trace()) / len(psi) / DIM
+    h = inverse(psi, lam, gram)
     yield "default", f"k = {DIM}, {len(psi)} rows, λ = {lam / unit:.2g} tr(H)/k", scores(mean, train, h)
     yield "way", "two steps", np.load(subject.folder / "scores-two-point.npy")[TIMES.index(1.0)]
-    yield "way", "two steps, the query's gradient of the end in both", end_query(subject)
-    yield "metric", "plain, with a λ of its own", plain(subject)
+    twice = inverse(psi, 2 * lam, gram)
+    query_end, train_end, query_half, train_half = two_lengths_as_built(subject)
+    both = scores(query_end, train_end, twice)
+    yield "length", "two lengths, as built", both + scores(query_half, train_half, twice)
+    yield "length", "… of which half the length alone", scores(query_half, train_half, twice)
+    yield "length", "mean features of both", scores(query_end + query_half, train_end + train_half, twice)
+    for name in LENGTHS:
+        yield "length", name, both + scores(*at_length(subject, name, masks), twice)
+    yield "way", "two steps, the query's gradient of the end in both", end_query(subject, twice)
+    del twice
+    yield "metric", "plain, with a λ of its own", in_plain
     for dim in (DIM // 2, DIM // 4, DIM // 8):
         yield "k", str(dim), scores(folded(mean, dim), folded(train, dim), inverse(folded(psi, dim), lam))
     for every in (2, 4, 10, 40):
-        kept = np.asarray(psi)[np.arange(len(psi)) % draws % every == (item % every)]
-        yield "curvature rows of an image", str(draws // every), scores(mean, train, inverse(kept, lam))
-    averaged = np.asarray(psi).reshape(n, draws, -1).mean(1) * draws**0.5
+        kept = np.flatnonzero(np.arange(len(psi)) % draws % every == (item % every))
+        few = inverse(psi[kept], lam, gram[kept][:, kept])
+        yield "curvature rows of an image", str(draws // every), scores(mean, train, few)
+    averaged = psi.reshape(n, draws, -1).mean(1) * draws**0.5
     yield "curvature rows of an image", f"{draws} averaged into 1", scores(mean, train, inverse(averaged, lam))
-    for name, what in (("gauss-newton", "λ"), ("two-point", "λ, two steps")):
+    for name, what in (("gauss-newton", "λ"), ("two-point", "λ, two steps"), ("as-built", "λ, two lengths")):
         for times, tau in zip(TIMES, np.load(subject.folder / f"scores-{name}.npy"), strict=True):
             if times != 1:
                 yield what, f"{times:g} × the default", tau
@@ -197,7 +250,7 @@ def main() -> None:
         "|" + "---|" * (3 + len(named)),
     ]
     print(*text, sep="\n", flush=True)
-    for what, value, tau in lines(subject):
+    for what, value, tau in lines(subject, masks):
         each = metrics.correlations(metrics.predictions(tau, masks), outcome)
         slope = " / ".join(f"{value:.2f}" for value in slopes(subject, tau, masks, outcome))
         cells = " | ".join(f"{100 * each[kinds == k].mean():.1f}" for k in named)

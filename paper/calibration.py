@@ -118,9 +118,12 @@ def build(name: str, work: Path, pictures: list[Path]) -> influence.Store:
     """The store of the fine-tune, with its controls."""
     base = PAPER / "truth" / name / "base"
     adapted = name == "letters"
+    if not (work / "half").exists():
+        influence.halve(work / "dataset", work / "half", base=base, recipe=work / "model")
     return influence.build(
         work / "dataset", model=base if adapted else work / "model", lora=work / "model" if adapted else None,
-        store=work / "store", controls=controls(name, work, pictures), base=base, message=say,
+        store=work / "store", controls=controls(name, work, pictures), base=base,
+        half=work / "half", message=say,
     )  # fmt: skip
 
 

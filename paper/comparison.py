@@ -208,13 +208,20 @@ def preconditioned(query: np.ndarray, train: np.ndarray) -> dict[float, Scores]:
     return result
 
 
-def inverses(psi: np.ndarray, dampings: Sequence[float]) -> Iterator[Curvature]:
-    """H + λI of curvature rows, factored, for every λ; ΨΨᵀ is summed once."""
+def products(psi: np.ndarray) -> torch.Tensor:
+    """ΨΨᵀ."""
     rows = torch.tensor(np.asarray(psi))
     gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     for start in range(0, rows.shape[1], 4096):
         columns = rows[:, start : start + 4096]
         gram += columns @ columns.T
+    return gram
+
+
+def inverses(psi: np.ndarray, dampings: Sequence[float], gram: torch.Tensor | None = None) -> Iterator[Curvature]:
+    """H + λI of curvature rows, factored, for every λ; ΨΨᵀ is summed once, or given."""
+    rows = torch.tensor(np.asarray(psi))
+    gram = products(psi) if gram is None else gram
     unit = float(gram.trace()) / len(rows) / rows.shape[1]
     for lam in dampings:
         damped = gram.clone()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from comparison import Subject, curvature_rows, halves, inverses, moved, two_points
+from comparison import Subject, curvature_rows, halves, inverses, moved, two_lengths_as_built, two_points
 from ground_truth import PAPER
 from scipy import sparse
 
@@ -99,6 +99,7 @@ def main() -> None:
     def tau(q: np.ndarray, t: np.ndarray) -> np.ndarray:
         return solve(inverse, torch.tensor(q)).numpy() @ t.T / n
 
+    half_length = tau(*(part.astype(float) for part in two_lengths_as_built(subject)[2:]))
     late = solve(inverse, torch.tensor(asked_late)) * inverse.damping
     weights, later = METHODS["path"].along, (asked_late.astype(float), half_late.astype(float))
     path = tuple(weights["base"] * a + weights["late"] * b for a, b in zip(start, later, strict=True))
@@ -108,6 +109,7 @@ def main() -> None:
     scores = {
         "end": tau(*end),
         "two-point": tau(*end) + tau(late.numpy(), half_late.astype(float)),
+        "two-length": tau(*end) + half_length,
         "path": tau(*path),
         "trapezoidal": tau(*trapezoid),
         "parabola": tau(*parabola),
@@ -121,12 +123,14 @@ def main() -> None:
     measured = np.stack(list(exact.values()))
     owner = np.array([item.creator for item in subject.truth.items])
     totals = {name: np.stack([each[:, owner == g].sum(1) for g in exact]) for name, each in scores.items()}
-    ends = creators(totals["two-point"].T, list(exact))
+    ends = creators(totals["two-length"].T, list(exact))
     for along in ("path", "trapezoidal", "parabola", "Simpson"):
         paths = creators(totals[along].T, list(exact))
         totals["whole way" if along == "path" else f"whole, {along}"] = whole_way(
             ends, paths, gain(subject)[:, None]
         ).totals.T
+    points, paths = (creators(totals[name].T, list(exact)) for name in ("two-point", "path"))
+    totals["whole way of two-point"] = whole_way(points, paths, gain(subject)[:, None]).totals.T
     text = [f"{' / '.join(dict.fromkeys(kinds))}", "", "| totals | Pearson | total variation | slope | LDS ×100 | "
             "sum, gain (r) |", "|---|---|---|---|---|---|"]  # fmt: skip
     for name, predicted in totals.items():
