@@ -193,15 +193,19 @@ def lines(subject: Subject, masks: np.ndarray) -> Iterator[Line]:
     unit = float(gram.trace()) / len(psi) / DIM
     h = inverse(psi, lam, gram)
     yield "default", f"k = {DIM}, {len(psi)} rows, λ = {lam / unit:.2g} tr(H)/k", scores(mean, train, h)
-    yield "way", "two steps", np.load(subject.folder / "scores-two-point.npy")[TIMES.index(1.0)]
     twice = inverse(psi, 2 * lam, gram)
     query_end, train_end, query_half, train_half = two_lengths_as_built(subject)
     both = scores(query_end, train_end, twice)
-    yield "length", "two lengths, as built", both + scores(query_half, train_half, twice)
-    yield "length", "… of which half the length alone", scores(query_half, train_half, twice)
+    half = scores(query_half, train_half, twice)
+    two_steps = np.load(subject.folder / "scores-two-point.npy")[TIMES.index(1.0)]
+    yield "length", "two lengths, as built", both + half
+    yield "length", "… of which half the length alone", half
+    yield "length", "½ (H + λI)⁻¹ of the end in place of C⁻¹", scores(query_end, train_end, h) / 2 + half
+    yield "length", "½ of two steps in place of C⁻¹ of the end", two_steps / 2 + half
     yield "length", "mean features of both", scores(query_end + query_half, train_end + train_half, twice)
     for name in LENGTHS:
         yield "length", name, both + scores(*at_length(subject, name, masks), twice)
+    yield "way", "two steps", two_steps
     yield "way", "two steps, the query's gradient of the end in both", end_query(subject, twice)
     del twice
     yield "metric", "plain, with a λ of its own", in_plain
