@@ -98,6 +98,8 @@ def load_half(
     if known is not None and half_identity(found) != known:
         raise OptionError(f"the model of half the length at {path} is not the one that the store was built with")
     advice = "pass what the same fine-tune made in half of its epochs, as influence halve does"
+    if half_identity(found) == half_identity(finetuned):
+        raise OptionError(f"the model of half the length at {path} is the fine-tuned model itself; {advice}")
     _require_alike(found, finetuned, f"the model of half the length at {path}", advice)
     require_same_parameters(found, finetuned, "the model of half the length", advice)
     return found

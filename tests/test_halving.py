@@ -91,6 +91,8 @@ def test_another_model_of_half_the_length_is_refused(world, tmp_path):
     tiny_ddpm(tmp_path / "wide", size=8, width=16)
     with pytest.raises(OptionError, match=r"the model of half the length has other parameters .* pass what the same"):
         influence.build(world / "data", store=tmp_path / "new", half=tmp_path / "wide", **options)
+    with pytest.raises(OptionError, match="the model of half the length at .* is the fine-tuned model itself; pass"):
+        influence.build(world / "data", store=tmp_path / "new", half=world / "model", **options)
     assert not (tmp_path / "new").exists()
     for store in ("s", "of_half"):
         with pytest.raises(OptionError, match=f"store {store} was made without this model of half the length; leave"):
