@@ -15,9 +15,10 @@ INFLUENCE = str(Path(sys.executable).parent / "influence")
 
 
 def new_world(path):
-    """A model, its base, a data set, and a store of them."""
+    """A model, its base, one of half the length, a data set, and a store of them without the latter."""
     tiny_ddpm(path / "ddpm")
     tiny_ddpm(path / "base", seed=1)
+    tiny_ddpm(path / "half", seed=2)
     pictures(path / "data", count=12)
     build(path, path / "built.store")
     return path

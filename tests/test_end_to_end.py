@@ -27,6 +27,7 @@ def world(tmp_path_factory):
     path = tmp_path_factory.mktemp("world")
     tiny_ddpm(path / "ddpm")
     tiny_ddpm(path / "base", seed=1)
+    tiny_ddpm(path / "half", seed=2)
     tiny_stable_diffusion(path / "sd")
     tiny_lora(path / "sd", path / "lora")
     pictures(path / "data", count=10)
@@ -80,7 +81,7 @@ def same(a, b, tolerance=1e-5):
 
 @pytest.fixture(scope="module")
 def built(world):
-    build(world, world / "built.store", base=world / "base")
+    build(world, world / "built.store", base=world / "base", half=world / "half")
     return world / "built.store"
 
 
@@ -142,7 +143,7 @@ def test_a_lora_from_the_command_line_gives_the_dot_products_of_plain_autograd_w
     ids=str,
 )
 def test_batches_engines_and_workers_change_no_feature(world, built, tmp_path, options):
-    build(world, tmp_path / "s", base=world / "base", **options)
+    build(world, tmp_path / "s", base=world / "base", half=world / "half", **options)
     same(built, tmp_path / "s")
     if "workers" in options:
         bytes_of = {p.name: p.read_bytes() for p in (tmp_path / "s" / "shards").iterdir()}

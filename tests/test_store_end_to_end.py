@@ -33,7 +33,8 @@ EXCLUDED = (["creator 1"], ["000.png"])
 def whole_and_less(world, tmp_path_factory, request):
     """A store of all pictures, and one of those that an exclusion leaves."""
     path = tmp_path_factory.mktemp("exclusions")
-    options = {"dim": request.param, "batch_size": 1, "metric": "plain"}  # AdamW's is that of the images it was given
+    options = {"dim": request.param, "batch_size": 1, "half": world / "half"}
+    options["metric"] = "plain"  # AdamW's is that of the images it was given
     build(world, path / "whole.store", **options)  # one row in a batch: rounding depends on what else is in a forward
     data, left = without(world, path, *EXCLUDED)
     assert left == 7
