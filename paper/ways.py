@@ -130,7 +130,7 @@ def main() -> None:
             ends, paths, gain(subject)[:, None]
         ).totals.T
     points, paths = (creators(totals[name].T, list(exact)) for name in ("two-point", "path"))
-    totals["whole way of two-point"] = whole_way(points, paths, gain(subject)[:, None]).totals.T
+    totals["whole, two-point"] = whole_way(points, paths, gain(subject)[:, None]).totals.T
     text = [f"{' / '.join(dict.fromkeys(kinds))}", "", "| totals | Pearson | total variation | slope | LDS ×100 | "
             "sum, gain (r) |", "|---|---|---|---|---|---|"]  # fmt: skip
     for name, predicted in totals.items():

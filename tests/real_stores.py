@@ -4,6 +4,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from tiny_models import pictures, tiny_ddpm
 
@@ -60,3 +61,11 @@ def rows_of(store):
             psi = content.psi[content.psi_item == i]
             found[item_id] = (content.phi[i].tobytes(), content.loss[i].tobytes(), psi.tobytes())
     return found
+
+
+def stacked(store, family="loss"):
+    """Ids, φ and ψ of all shards of a family."""
+    parts = [(content.item_ids, content.phi, content.psi) for content in influence.open_store(store).blocks(family)]
+    return [item_id for ids, _, _ in parts for item_id in ids], *(
+        np.concatenate([p[i] for p in parts]).astype(float) for i in (1, 2)
+    )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from influence_cli.main import cli
+from real_stores import stacked
 from tiny_models import pictures, tiny_ddpm, tiny_lora, tiny_stable_diffusion
 
 import influence
@@ -32,13 +33,6 @@ def world(tmp_path_factory):
     influence.build(path / "data", model=path / "model", store=path / "s", **both, **options)
     influence.build(path / "data", model=path / "half", store=path / "of_half", **options)
     return path
-
-
-def stacked(store, family="loss"):
-    parts = [(content.item_ids, content.phi, content.psi) for content in influence.open_store(store).blocks(family)]
-    return [item_id for ids, _, _ in parts for item_id in ids], *(
-        np.concatenate([p[i] for p in parts]).astype(float) for i in (1, 2)
-    )
 
 
 def test_scores_add_up_those_of_both_models_and_are_the_default(world):

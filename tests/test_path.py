@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from real_stores import stacked
 from scipy import sparse
 from tiny_models import pictures, tiny_ddpm, tiny_lora, tiny_stable_diffusion
 
@@ -30,13 +31,6 @@ def world(tmp_path_factory):
     influence.build(path / "data", model=path / "model", store=path / "s", base=path / "base", **options)
     influence.build(path / "data", model=path / "base", store=path / "of_base", **options)
     return path
-
-
-def stacked(store, family="loss"):
-    parts = [(content.item_ids, content.phi, content.psi) for content in influence.open_store(store).blocks(family)]
-    return [item_id for ids, _, _ in parts for item_id in ids], *(
-        np.concatenate([p[i] for p in parts]).astype(float) for i in (1, 2)
-    )
 
 
 def test_features_under_the_base_are_those_of_a_store_of_the_base(world):
