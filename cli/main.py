@@ -127,8 +127,6 @@ def build(
     plan: bool,
     workers: int,
     controls: Path | None,
-    base: Path | None,
-    half: Path | None,
     **options: Any,
 ) -> None:
     """Take the gradients of every image of DATASET and keep them in a store.
@@ -141,9 +139,7 @@ def build(
     """  # noqa: D301
     if plan:
         with progress() as show:
-            costs = influence.plan(
-                dataset, controls=controls, base=base, half=half, progress=show, message=say, **options
-            )
+            costs = influence.plan(dataset, controls=controls, progress=show, message=say, **options)
         for name, value in costs.items():
             click.echo(f"{name:16}{_quantity(name, value)}")
         return
@@ -151,15 +147,7 @@ def build(
         raise click.UsageError("Missing option '--store': the folder to write to.")
     with progress() as show:
         made = influence.build(
-            dataset,
-            store=store,
-            workers=workers,
-            controls=controls,
-            base=base,
-            half=half,
-            progress=show,
-            message=say,
-            **options,
+            dataset, store=store, workers=workers, controls=controls, progress=show, message=say, **options
         )
     rows, psi_rows = made.num_rows()
     left_out = f", {len(made.excluded)} excluded" if made.excluded else ""

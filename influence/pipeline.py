@@ -182,7 +182,7 @@ def source_of(
 
 
 def waypoint_bytes(source: Mapping[str, Any], denoiser: Denoiser) -> int:
-    """Bytes of the networks that are held beside the fine-tuned one, if its base is known: base, and ¾ of the way."""
+    """Bytes of the networks held beside the fine-tuned one: base and ¾ of the way, or that of half the length."""
     weights = denoiser.network.state_dict().values()
     count = 2 if base_is_known(source) else int(source["half"] is not None)
     return count * sum(value.numel() * value.element_size() for value in weights)

@@ -45,7 +45,7 @@ class Queries:
     """Features under models on the way of the fine-tune, and those of batches of draws, by family."""
 
     def read_by(self, method: Method) -> "Queries":
-        """Features as a method reads them: the mean along the way, or those of `late` behind the end's."""
+        """Features as a method reads them: the mean along the way, or those of a second model behind the end's."""
         if not method.elsewhere:
             return self
         if method.along:

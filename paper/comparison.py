@@ -307,8 +307,9 @@ def ours(subject: Subject, names: Sequence[str]) -> dict[str, dict[float, Scores
     found: dict[str, dict[float, Scores]] = {name: {} for name in names}
     for steps in (1, 2):
         those = [name for name in names if (steps == 1) == (name == "gauss-newton")]
-        lams = [steps * times * subject.lam for times in TIMES] if those else []
-        for times, factored in zip(TIMES, inverses(psi, lams) if those else (), strict=bool(those)):
+        if not those:
+            continue
+        for times, factored in zip(TIMES, inverses(psi, [steps * t * subject.lam for t in TIMES]), strict=True):
             for name in those:
                 query, train, *more = points[name]
                 tau = solve(factored, torch.tensor(query)).numpy() @ train.T.astype(float)
