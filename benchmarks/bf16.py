@@ -1,10 +1,11 @@
 """bf16 beside fp32: how scores change, and what it saves, on this CPU.
 
-The model and images are those of `peers.py`. Rank correlation of scores, mean over queries; CPU seconds of the training
-images' features, and of plain training passes of the same rows, fp32 over bf16, medians over rounds in turns. Only a
-CPU with AMX or AVX-512 BF16 is faster in bf16.
+The model and images are those of `peers.py`; `--width` multiplies its channels. Rank correlation of scores, mean over
+queries; CPU seconds of the training images' features, and of plain training passes of the same rows, fp32 over bf16,
+medians over rounds in turns. Only a CPU with AMX or AVX-512 BF16 is faster in bf16, and only where layers are wide.
 
     python benchmarks/bf16.py
+    python benchmarks/bf16.py --width 4 --train 16 --queries 4 --rounds 1 --methods gauss-newton
 """
 
 import argparse
@@ -35,13 +36,16 @@ def main() -> None:
     """Take turns, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=int, default=64, help="training images")
+    parser.add_argument("--queries", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--width", type=int, default=1)
+    parser.add_argument("--methods", nargs="+", default=["gauss-newton", "trak", "grad-dot"])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    w = world(options.train, query=8, draws=8, dim=4096)
+    w = world(options.train, query=options.queries, draws=8, dim=4096, width=options.width)
     flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
     print(f"amx_bf16: {'amx_bf16' in flags}, avx512_bf16: {'avx512_bf16' in flags}")
-    for method in ("gauss-newton", "trak", "grad-dot"):
+    for method in options.methods:
         found = [[ours(w, method, bf16=bf16) for bf16 in (False, True)] for _ in range(options.rounds)]
         speed = np.median([first[0] / second[0] for first, second in found])
         pairs = zip(found[0][0][1], found[0][1][1], strict=True)

@@ -81,11 +81,11 @@ class World:
         return rows.unflatten(0, (-1, self.draws)).unflatten(2, (-1, self.draws)).sum((1, 3)).numpy() / self.draws**2
 
 
-def world(train: int, query: int, draws: int, dim: int) -> World:
-    """A UNet2DModel of 0.7 M keyed weights, and keyed images."""
+def world(train: int, query: int, draws: int, dim: int, width: int = 1) -> World:
+    """A UNet2DModel of 0.7 M keyed weights (more if it is wider), and keyed images."""
     unet = UNet2DModel(
         sample_size=SIZE,
-        block_out_channels=(32, 64),
+        block_out_channels=(32 * width, 64 * width),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),

@@ -43,8 +43,9 @@ def main() -> None:
                 shutil.rmtree(folder / "store", ignore_errors=True)
                 start = time.perf_counter()
                 influence.build(
-                    folder / "data", model=folder / "model", store=folder / "store", dim=2048, draws=8, workers=workers
-                )
+                    folder / "data", model=folder / "model", store=folder / "store", dim=2048, draws=8,
+                    workers=workers, device="cpu",
+                )  # fmt: skip
                 found.append(time.perf_counter() - start)
                 made[workers] = shards(folder / "store")
     ratios = np.array(seconds[1]) / np.array(seconds[2])

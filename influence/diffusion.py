@@ -15,6 +15,7 @@ from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 
 from influence import keys
+from influence.devices import onto
 from influence.errors import ModelError
 
 MAX_BATCHES = 8
@@ -48,10 +49,14 @@ class NoiseSchedule:
         return len(self.alphas_cumprod)
 
 
+def _table(schedule: NoiseSchedule, device: torch.device) -> Float64[Tensor, " timesteps"]:
+    """ᾱ of all t."""
+    return onto(device, torch.tensor(schedule.alphas_cumprod, dtype=torch.float64))
+
+
 def _alpha_bar(schedule: NoiseSchedule, t: Tensor, like: Tensor) -> Tensor:
     """ᾱ_t, shaped to broadcast against `like` `[rows, ...]`; gathered in float64 and rounded once."""
-    table = torch.tensor(schedule.alphas_cumprod, dtype=torch.float64, device=like.device)
-    return table[t].reshape(-1, *[1] * (like.ndim - 1))
+    return _table(schedule, like.device)[t].reshape(-1, *[1] * (like.ndim - 1))
 
 
 def noised(
@@ -94,7 +99,7 @@ def weight(schedule: NoiseSchedule, t: Int[Tensor, " rows"]) -> Float[Tensor, " 
     """w(t), float32."""
     if schedule.weighting == "uniform":
         return torch.ones(t.shape, device=t.device)
-    a = torch.tensor(schedule.alphas_cumprod, dtype=torch.float64, device=t.device)[t]
+    a = _table(schedule, t.device)[t]
     return (a / (1 - a)).float()
 
 
@@ -106,7 +111,7 @@ def bits(schedule: NoiseSchedule, t: Int[Tensor, " rows"]) -> Float64[Tensor, " 
     out are the prior's term, in which no network stands, that of t = 0, which depends on how pixels are read out, and
     for epsilon that of a t where x_t is noise alone, from which no x̂₀ follows.
     """
-    a = torch.tensor(schedule.alphas_cumprod, dtype=torch.float64, device=t.device)
+    a = _table(schedule, t.device)
     snr = a / (1 - a)
     fallen = torch.cat([torch.zeros_like(snr[:1]), snr[:-1] - snr[1:]])
     inverse = torch.where(snr > 0, 1 / snr, torch.zeros_like(snr))
@@ -123,8 +128,14 @@ def losses(
     eps: Float[Tensor, "rows *shape"],
 ) -> Float[Tensor, " rows"]:
     """ℓ of each row: w(t) · mean((f − y)²), in float32."""
-    residual = prediction.float() - target(schedule, x0, t, eps)
-    return weight(schedule, t) * residual.flatten(1).square().mean(1)
+    return weighted_errors(prediction, target(schedule, x0, t, eps), weight(schedule, t))
+
+
+def weighted_errors(
+    prediction: Float[Tensor, "rows *shape"], y: Float[Tensor, "rows *shape"], w: Float[Tensor, " rows"]
+) -> Float[Tensor, " rows"]:
+    """ℓ = w · mean((f − y)²) of each row, in float32, from its target and weight."""
+    return w * (prediction.float() - y).flatten(1).square().mean(1)
 
 
 def draws(

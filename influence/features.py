@@ -14,6 +14,7 @@ from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor, nn
 
 from influence import diffusion, gradients
+from influence.devices import exact, onto
 from influence.diffusion import NoiseSchedule
 from influence.projection import Projection
 
@@ -89,12 +90,12 @@ def features(
     for rows, which, curvature in forwards(recipe, item_ids):
         images = rows // part
         results = forward(network, recipe, item_ids, x0, cond, images, which, curvature)
-        index = _onto(x0.device, torch.from_numpy(rows))
+        index = onto(x0.device, torch.from_numpy(rows))
         phi.index_add_(0, index, results[0].features)
         total.index_add_(0, index, results[0].values.float().unflatten(0, (len(images), -1)).sum(1))
         if curvature:
             here = np.searchsorted(place, (images[:, None] * recipe.num_draws + which).reshape(-1))
-            psi[_onto(x0.device, torch.from_numpy(here))] = results[1].features
+            psi[onto(x0.device, torch.from_numpy(here))] = results[1].features
     phi, total = phi.unflatten(0, (n, part)), total.unflatten(0, (n, part))
     return Features(
         phi=phi.sum(1).cpu().numpy(),
@@ -107,12 +108,8 @@ def features(
     )
 
 
-def _onto(device: torch.device, tensor: Tensor) -> Tensor:
-    """The tensor on the device; a GPU copies it from pinned memory while it computes, and nobody waits."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
 @torch.no_grad()
+@exact()
 def losses(
     network: nn.Module,
     recipe: Recipe,
@@ -154,9 +151,9 @@ def _rows(
         )
         for i, chosen in zip(images, which, strict=True)
     ]
-    t = _onto(device, torch.cat([t for t, _ in drawn]))
-    eps = _onto(device, torch.cat([eps for _, eps in drawn]))
-    index = _onto(device, torch.from_numpy(np.repeat(images, which.shape[1])))
+    t = onto(device, torch.cat([t for t, _ in drawn]))
+    eps = onto(device, torch.cat([eps for _, eps in drawn]))
+    index = onto(device, torch.from_numpy(np.repeat(images, which.shape[1])))
     return x0[index], t, eps, None if cond is None else cond[index]
 
 
@@ -235,16 +232,17 @@ def _prepare(
         outputs = [gradients.Output(lambda f: f.float().flatten(1).square().mean(1) / recipe.num_draws, (), count)]
     else:
 
-        def loss(prediction: Tensor, clean: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-            return diffusion.losses(schedule, prediction, clean, t, eps) / recipe.num_draws
+        def loss(prediction: Tensor, y: Tensor, w: Tensor) -> Tensor:
+            return diffusion.weighted_errors(prediction, y, w) / recipe.num_draws
 
-        outputs = [gradients.Output(loss, (clean, t, eps), count)]
+        y, w = diffusion.target(schedule, clean, t, eps), diffusion.weight(schedule, t)
+        outputs = [gradients.Output(loss, (y, w), count)]
     if curvature:
         probed = zip(images, which, strict=True)
         shape = tuple(x0.shape[1:])
         xi = torch.cat([diffusion.probes(recipe.seed, item_ids[i], s, shape) for i, s in probed])
         scale = (2 * diffusion.weight(schedule, t) / eps[0].numel()).sqrt()
-        outputs.append(gradients.Output(_probed, (scale, _onto(x0.device, xi)), 1))
+        outputs.append(gradients.Output(_probed, (scale, onto(x0.device, xi)), 1))
     return inputs, outputs
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from influence.devices import exact
 from influence.errors import GradientError
 from influence.projection import Projection
 
@@ -82,7 +83,7 @@ def per_sample_gradients(
         GradientError: A parameter has no rule (hooks), or no gradient reached it.
     """
     device = inputs.x_t.device
-    with _frozen(network), _exact(device), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+    with _frozen(network), exact(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
         return ENGINES[engine](network, parameters, inputs, outputs, projection)
 
 
@@ -100,13 +101,6 @@ def _frozen(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
         for module, mode in modes:
             module.training = mode
-
-
-def _exact(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Neither TF32 nor sums without an order: a GPU gives the features of a CPU, and the same ones again."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 
 
 def _empty(outputs: Sequence[Output], inputs: Inputs, projection: Projection) -> list[Tensor]:
@@ -274,7 +268,7 @@ def _forward_hook(
             rule = RULES[type(module)]
             wanted = {id(parameter) for parameter, _ in names}
             lookup = {id(parameter): name for parameter, name in names}
-            for start, stop in _chunks(rule.bytes(module, x), rows, state.group):
+            for start, stop in _chunks(rule.bytes(module, x), rows, state.group, x.device):
                 for parameter, grads in rule.gradients(module, x[start:stop], grad[start:stop], state.group):
                     if id(parameter) in wanted:
                         part = slice(start // state.group, stop // state.group)
@@ -286,12 +280,14 @@ def _forward_hook(
     return forward
 
 
-_CHUNK_BYTES = 1 << 26
+def _chunk_bytes(device: torch.device) -> int:
+    """Little for the caches of a CPU, more for a GPU, which wants few launches."""
+    return 1 << (26 if device.type == "cpu" else 28)
 
 
-def _chunks(row_bytes: int, rows: int, group: int) -> Iterator[tuple[int, int]]:
+def _chunks(row_bytes: int, rows: int, group: int, device: torch.device) -> Iterator[tuple[int, int]]:
     """Ranges of whole groups whose temporaries fit in a constant amount of memory."""
-    step = max(1, _CHUNK_BYTES // max(1, row_bytes * group)) * group
+    step = max(1, _chunk_bytes(device) // max(1, row_bytes * group)) * group
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 
@@ -333,7 +329,7 @@ def _weight_bytes(module: nn.Linear | nn.Embedding, x: Tensor) -> int:
 def _conv2d(module: nn.Conv2d, x: Tensor, grad: Tensor, group: int) -> Gradients:
     if module.bias is not None:
         yield module.bias, grad.sum((2, 3)).unflatten(0, (-1, group)).sum(1)
-    form = _conv2d_by_group if x.device.type == "cpu" else _conv2d_by_unfold
+    form = _conv2d_by_group if x.device.type == "cpu" else _conv2d_by_product
     yield module.weight, form(module, x.to(grad.dtype), grad, group)
 
 
@@ -346,13 +342,17 @@ def _conv2d_by_group(module: nn.Conv2d, x: Tensor, grad: Tensor, group: int) -> 
     return found
 
 
-def _conv2d_by_unfold(module: nn.Conv2d, x: Tensor, grad: Tensor, group: int) -> Tensor:
-    """One batched GEMM for each draw of a group: few launches, whatever the number of groups."""
-    columns = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
-    # [groups, draws, blocks, channels, positions] with the convolution's own groups as blocks
-    columns = columns.unflatten(1, (module.groups, -1)).unflatten(0, (-1, group))
-    grad = grad.flatten(2).unflatten(1, (module.groups, -1)).unflatten(0, (-1, group))
-    weight = sum(grad[:, draw] @ columns[:, draw].mT for draw in range(group))  # [groups, blocks, out, channels]
+def _conv2d_by_product(module: nn.Conv2d, x: Tensor, grad: Tensor, group: int) -> Tensor:
+    """One batched product over draws × positions, for a GPU: few launches, whatever the number of groups and draws."""
+    (rows, columns), (high, wide) = module.padding, module.kernel_size
+    x = F.pad(x, (columns, columns, rows, rows))
+    for axis, size in ((2, high), (3, wide)):  # a view: what each position sees, [rows, in, positions, offsets]
+        span = (size - 1) * module.dilation[axis - 2] + 1
+        x = x.unfold(axis, span, module.stride[axis - 2])[..., :: module.dilation[axis - 2]]
+    # [groups, draws, blocks, channels, …], with the convolution's own groups as blocks
+    x, grad = (part.unflatten(0, (-1, group)).unflatten(2, (module.groups, -1)) for part in (x, grad))
+    seen = x.permute(0, 2, 3, 6, 7, 1, 4, 5).flatten(5).flatten(2, 4)  # [groups, blocks, in × offsets, positions]
+    weight = grad.permute(0, 2, 3, 1, 4, 5).flatten(3) @ seen.mT
     return weight.reshape(-1, *module.weight.shape)
 
 

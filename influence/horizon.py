@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from influence import diffusion, keys
+from influence.devices import exact
 from influence.errors import GradientError
 from influence.models import Denoiser
 
@@ -120,6 +121,7 @@ def _sums(v: Tensor) -> tuple[float, float]:
     return float(exact.pow(1.5).sum()), float(exact.sum())
 
 
+@exact()
 def _gradient(denoiser: Denoiser, x0: Tensor, cond: Tensor | None, key: tuple[int, int]) -> tuple[Tensor, ...]:
     """Of the mean loss of a batch, one random draw for each image."""
     schedule = denoiser.schedule

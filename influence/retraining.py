@@ -23,6 +23,7 @@ from torch import Tensor
 
 from influence import datasets, diffusion, finetuning, keys
 from influence.datasets import Item
+from influence.devices import exact
 from influence.errors import OptionError
 from influence.finetuning import FineTune
 from influence.models import Denoiser
@@ -207,6 +208,7 @@ def encode(
 
 
 @torch.no_grad()
+@exact()
 def losses(
     denoiser: Denoiser, x0: Tensor, cond: Tensor | None, ids: Sequence[str], draws: int
 ) -> Float64[np.ndarray, " queries"]:

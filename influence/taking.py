@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from influence import datasets
+from influence.devices import exact
 from influence.features import Features, Recipe, features, joined
 from influence.models import Denoiser
 
@@ -37,6 +38,7 @@ def take_arrays(
     return features(denoiser.network, recipe, item_ids, *encoded(denoiser, pixels, captions))
 
 
+@exact()
 def encoded(
     denoiser: Denoiser, pixels: Sequence[np.ndarray], captions: Sequence[str | None]
 ) -> tuple[torch.Tensor, torch.Tensor | None]:

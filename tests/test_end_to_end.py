@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import pictures, tiny_ddpm, tiny_lora, tiny_stable_diffusion
 
 import influence
-from influence import datasets, diffusion, models
+from influence import datasets, diffusion, features, models, taking
+from influence.projection import countsketch
 
 DRAWS = 4
 
@@ -153,10 +155,58 @@ def test_batches_engines_and_workers_change_no_feature(world, built, tmp_path, o
 @pytest.mark.gpu
 def test_a_store_made_on_a_gpu_holds_the_rows_of_the_cpu_and_the_same_bytes_again(world, built, tmp_path):
     for name in "ab":
-        build(world, tmp_path / name, base=world / "base", device="cuda")
+        build(world, tmp_path / name, base=world / "base", half=world / "half", device="cuda")
     same(built, tmp_path / "a")
     first, second = ({p.name: p.read_bytes() for p in (tmp_path / name / "shards").iterdir()} for name in "ab")
     assert first == second
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_rows_of_a_latent_model_with_captions_and_a_lora(world, tmp_path):
+    lora = world / "lora" / "pytorch_lora_weights.safetensors"
+    for device in ("cpu", "cuda"):
+        build(world, tmp_path / device, model="sd", lora=lora, device=device)
+    same(tmp_path / "cpu", tmp_path / "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["two-length", "two-point", "gauss-newton", "d-trak"])
+def test_a_gpu_gives_the_scores_of_the_cpu(world, built, method):
+    found = {
+        device: influence.attribute(world / "data" / "003.png", built, k=None, method=method, draws=16, device=device)
+        for device in ("cpu", "cuda")
+    }
+    cpu, gpu = (table.set_index("file_name")["score"] for table in found.values())
+    np.testing.assert_allclose(gpu[cpu.index], cpu, rtol=1e-4, atol=1e-5 * np.abs(cpu).max())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["ddpm", "sd"])
+def test_a_gpu_is_never_waited_for_within_a_batch(world, model):
+    denoiser = models.load_denoiser(world / model, device="cuda")
+    shapes = {name: tuple(p.shape) for name, p in denoiser.parameters.items()}
+    recipe = features.Recipe(
+        schedule=denoiser.schedule, parameters=denoiser.parameters, seed=0, role="train", num_draws=DRAWS,
+        projection=countsketch(shapes, dim=256, seed=0, device=torch.device("cuda")), curvature_rate=2.0,
+        output="loss", bf16=False, engine="hooks", batch_size=8,
+    )  # fmt: skip
+    pictures = [datasets.decode(world / "data" / f"00{i}.png")[0] for i in range(4)]
+    channels, height, width = denoiser.image_size
+    arrays = [datasets.to_array(p, height=height, width=width, channels=channels) for p in pictures]
+    ids = [str(i) for i in range(4)]
+    x0, cond = taking.encoded(denoiser, arrays, ids)
+    batches = list(features.forwards(recipe, ids))
+    assert {curvature for *_, curvature in batches} == {True, False}
+    try:
+        with warnings.catch_warnings():  # that the mode is a prototype
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            x0.sum().item()
+        for rows, which, curvature in batches:
+            features.forward(denoiser.network, recipe, ids, x0, cond, rows // 2, which, curvature)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_names_and_order_of_files_change_no_feature(world, built, tmp_path):

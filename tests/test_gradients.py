@@ -141,10 +141,10 @@ def test_shared_repeated_and_unusual_layers_equal_the_reference(module):
 def test_the_convolution_rule_of_accelerators_equals_that_of_the_cpu(conv, group):
     x = torch.randn(6, 4, 9, 8)
     grad = torch.randn_like(conv(x))
-    by_group, by_unfold = (
-        form(conv, x, grad, group) for form in (gradients._conv2d_by_group, gradients._conv2d_by_unfold)
+    by_group, by_product = (
+        form(conv, x, grad, group) for form in (gradients._conv2d_by_group, gradients._conv2d_by_product)
     )
-    torch.testing.assert_close(by_unfold, by_group, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(by_product, by_group, rtol=1e-4, atol=1e-4)
 
 
 def test_a_layer_without_a_rule_is_named_by_the_hooks_engine_and_served_by_vmap():
@@ -251,7 +251,7 @@ def test_chunks_of_a_layer_change_nothing(monkeypatch):
         )[0].features
 
     whole = run()
-    monkeypatch.setattr(gradients, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(gradients, "_chunk_bytes", lambda device: 1)
     assert relative(run(), whole) < 1e-6
 
 
@@ -271,22 +271,29 @@ def test_bf16_passes_stay_near_float32():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("engine", gradients.ENGINES)
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_a_gpu_gives_the_features_of_the_cpu(kind):
+def test_a_gpu_gives_the_features_of_the_cpu_and_the_same_bits_again(kind, engine):
     network, parameters, width = NETWORKS[kind]()
     x0, t, eps, cond = rows(3, 2, width)
     x_t = diffusion.noised(SCHEDULE, x0, t, eps)
     shapes = {n: tuple(p.shape) for n, p in parameters.items()}
-    found = {}
-    for device in ("cpu", "cuda"):
+
+    def taken(device):
         network.to(device)
         inputs = Inputs(x_t.to(device), t.to(device), None if cond is None else cond.to(device))
         output = loss_output(x0.to(device), t.to(device), eps.to(device), 2)
         projection = countsketch(shapes, dim=128, seed=0, device=torch.device(device))
-        found[device] = gradients.per_sample_gradients(
-            network, parameters, inputs, [output], projection, engine="hooks"
-        )[0].features.cpu()
-    assert relative(found["cuda"], found["cpu"]) < 1e-5
+        found = gradients.per_sample_gradients(network, parameters, inputs, [output], projection, engine=engine)
+        return found[0].features.cpu()
+
+    torch.set_float32_matmul_precision("high")  # a user's own setting must not reach features
+    try:
+        again = [taken("cuda") for _ in range(2)]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert relative(again[0], taken("cpu")) < 1e-5
+    assert torch.equal(*again)
 
 
 def test_groups_must_divide_the_rows():

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "influence"
 LAYERS = [
-    ["errors"],
+    ["errors", "devices", "triton_sketch"],
     ["keys", "progress"],
     ["spec", "diffusion", "projection", "curvature", "significance"],
     ["royalties", "verdicts"],

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import dense_countsketch, dense_rademacher, project
 
+from influence import keys
 from influence import projection as projections
 from influence.errors import OptionError
 from influence.projection import PROJECTIONS, countsketch, identity, rademacher
@@ -178,6 +179,24 @@ def test_a_gpu_uses_the_integers_of_the_cpu(name):
             start += size
         found[device] = out.cpu()
     torch.testing.assert_close(found["cuda"], found["cpu"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("k", "size"), [(64, 5000), (700, 10), (513, 1537), (2048, 70_000)])
+def test_every_form_of_the_sketch_gives_the_same_on_a_gpu(k, size):
+    from influence import triton_sketch
+
+    signs = torch.from_numpy(keys.signs(("signs", size), size)).cuda()
+    offsets = torch.from_numpy(keys.integers(("offsets", size), -(-size // k), k))
+    grads = rows(6, 2 * size).cuda()[::2, :size]  # rows that do not lie one after the other
+    sums = []
+    for form in (triton_sketch.add_blocks, projections._add_gathered, projections._add_slices):
+        out = torch.ones(3, 2 * k, device="cuda")
+        form(out[:, k:], grads, signs, offsets.cpu() if form is projections._add_slices else offsets.cuda(), 0.7)
+        assert (out[:, :k] == 1).all()
+        sums.append(out[:, k:])
+    torch.testing.assert_close(sums[0], sums[2], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(sums[1], sums[2], rtol=1e-5, atol=1e-4)
 
 
 @settings(max_examples=50, deadline=None)
