@@ -133,6 +133,7 @@ def _creators(parts: Sequence[Creators]) -> Creators:
         parts[0],
         totals=totals.mean(0),
         squares=np.mean([part.squares for part in parts], axis=0),
+        magnitude=np.mean([part.magnitude for part in parts], axis=0),
         by_batch=np.mean([part.by_batch for part in parts], axis=0),
         train_variance=np.mean([part.train_variance for part in parts], axis=0) + totals.var(0, ddof=1) / len(parts),
         works=np.mean(works, axis=0) if works else None,

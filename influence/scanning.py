@@ -92,6 +92,7 @@ def rank(
     limit = len(groups.ids) if k is None else k
     best: list[scoring.Ranked] = [[] for _ in range(count)]
     totals, squares = np.zeros((2, count, len(groups.names)))
+    magnitude = np.zeros(count)
     strangers = [np.sort(controls.of(q)) if controls is not None else np.empty(0) for q in range(count)]
     exceeded = [np.zeros(len(row) + 1, np.int64) for row in strangers]
     works = None if controls is None else np.zeros((count, groups.parts.shape[0]))
@@ -105,6 +106,7 @@ def rank(
         best = [scoring.top(so_far, ids, row, limit) for so_far, row in zip(best, tau, strict=True)]
         totals += scoring.group_totals(groups, here, adjusted)
         squares += scoring.group_totals(groups, here, adjusted**2)
+        magnitude += scoring.group_totals(groups, here, np.abs(adjusted)).sum(1)
         for q, row in enumerate(strangers):
             if len(row):
                 above = significance.exceedances(adjusted[q], row)
@@ -128,7 +130,7 @@ def rank(
     sizes = np.asarray(groups.files.sum(0)).ravel()
     none = np.empty((0, *totals.shape))
     return table, Creators(
-        groups.names, sizes, totals, squares, none, np.full(totals.shape, np.nan), works, groups.parts
+        groups.names, sizes, totals, squares, magnitude, none, np.full(totals.shape, np.nan), works, groups.parts
     )
 
 

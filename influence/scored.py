@@ -45,6 +45,8 @@ class Creators:
     totals: Float64[np.ndarray, "query creators"]
     squares: Float64[np.ndarray, "query creators"]
     """Sums of squared scores."""
+    magnitude: Float64[np.ndarray, " query"]
+    """Sum of the absolute scores of all images."""
     by_batch: Float64[np.ndarray, "batches query creators"]
     """Totals with one batch of the query's draws in place of all; no batches without intervals."""
     train_variance: Float64[np.ndarray, "query creators"]

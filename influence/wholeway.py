@@ -9,13 +9,14 @@ from influence.scored import Creators
 
 
 def whole_way(end: Creators, path: Creators, gain: Float[np.ndarray, "query parts"]) -> Creators:
-    """T = E + c P: totals at the end, and the rest of the measured gain divided as the totals along the path are.
+    """T_g = E_g + R (w P_g / S + (1 − w) n_g / N): totals at the end, and the rest of the measured gain divided.
 
-    c = max(0, R S / (S² + σ²)), with the rest R = G − Σ_g E_g of the gain G and S = Σ_g P_g, σ its standard error.
-    Without error c = R / S, and the totals add up to G, as Shapley values do. P has the right proportions and an
-    unknown scale: the damped step that it stands for is not the way that was gone. c is one number for each query, so
-    that totals stay linear in the images: dividing a creator's works between two names changes nothing. Where R and S
-    have opposite signs, P says nothing of the rest, and nothing is added.
+    The rest is R = G − Σ_g E_g, of the gain G. As far as the images agree along the path, w = |S| / Σ_i |P_i| with
+    S = Σ_g P_g = Σ_i P_i, it is divided as the totals along the path are; where they do not, or S says the opposite of
+    R (then w = 0), P says who competes with whom, as E does, and nothing of what all did together: that is divided by
+    works, n_g of N. Totals add up to G, as Shapley values do. What P moves is never more than |R|, however near to 0 S
+    is, since R w / S = |R| / Σ_i |P_i|; and w is of images, so that dividing a creator's works between two names
+    changes nothing.
 
     Batches of draws are taken to first order; errors of E and P as if they went together, which is on the safe side.
 
@@ -24,25 +25,24 @@ def whole_way(end: Creators, path: Creators, gain: Float[np.ndarray, "query part
         path: Totals of method `path`, of the same creators and batches of draws.
         gain: Loss under the base less that under the fine-tune, by batch of the same draws.
     """
-    measured = gain.astype(float)
-    rest, whole = measured.mean(1) - end.totals.sum(1), path.totals.sum(1)
-    batches = len(path.by_batch)
-    variance = path.by_batch.sum(2).var(0, ddof=1) / batches if batches > 1 else np.zeros(len(whole))
-    size = whole**2 + variance
-    trusted = np.divide(whole**2, size, out=np.zeros(len(whole)), where=size > 0)
-    per_whole = np.divide(1.0, whole, out=np.zeros(len(whole)), where=whole != 0)
-    c = np.maximum(trusted * rest * per_whole, 0.0)
-    by_batch = end.by_batch + c[:, None] * path.by_batch
-    if batches:
-        ends, paths = ((part.by_batch - part.totals).sum(2) for part in (end, path))  # [batches, query]
-        change = (trusted * (measured.T - measured.mean(1) - ends) - c * paths) * per_whole
-        by_batch = by_batch + np.where(c > 0, change, 0.0)[:, :, None] * path.totals
-    scale = c[:, None]
+    measured, n = gain.astype(float), end.images
+    R, S = (part[:, None] for part in (measured.mean(1) - end.totals.sum(1), path.totals.sum(1)))
+    size = path.magnitude[:, None]
+    c = np.divide(np.abs(R), size, out=np.zeros_like(R), where=(R * S > 0) & (size > 0))  # R w / S
+    per_work = (R - c * S) / n.sum()
+    totals = end.totals + c * path.totals + n * per_work
+
+    ends, paths = end.by_batch - end.totals, path.by_batch - path.totals  # [batches, query, creators]
+    rest = (measured - measured.mean(1, keepdims=True)).T[: len(ends), :, None] - ends.sum(2, keepdims=True)
+    steeper = np.divide(c, R, out=np.zeros_like(c), where=c > 0) * rest
+    change = ends + c * paths + steeper * path.totals
+    change += n / n.sum() * (rest - c * paths.sum(2, keepdims=True) - steeper * S)
+    errors = [np.sqrt(end.train_variance), c * np.sqrt(path.train_variance)]
     return replace(
         end,
-        totals=end.totals + scale * path.totals,
-        squares=(np.sqrt(end.squares) + scale * np.sqrt(path.squares)) ** 2,
-        by_batch=by_batch,
-        train_variance=(np.sqrt(end.train_variance) + scale * np.sqrt(path.train_variance)) ** 2,
+        totals=totals,
+        squares=(np.sqrt(end.squares) + c * np.sqrt(path.squares) + np.sqrt(n) * np.abs(per_work)) ** 2,
+        by_batch=totals + change,
+        train_variance=sum(each + n / n.sum() * np.sqrt((each**2).sum(1, keepdims=True)) for each in errors) ** 2,
         works=None,
     )

@@ -75,10 +75,13 @@ def by_seed_of_training(subject: Subject) -> list[np.ndarray]:
     ]
 
 
-def creators(totals: np.ndarray, names: list[str]) -> Creators:
-    """Totals `[query, creators]` as answers have them, of which no error is known."""
-    zero, parts = np.zeros(totals.shape), sparse.csr_array(np.eye(len(names)))
-    return Creators(names, np.ones(len(names)), totals, zero, np.empty((0, *totals.shape)), zero, None, parts)
+def creators(scores: np.ndarray, owner: np.ndarray, names: list[str]) -> Creators:
+    """Totals of scores `[query, images]` as answers have them, of which no error is known."""
+    mine = [owner == name for name in names]
+    totals = np.stack([scores[:, here].sum(1) for here in mine], 1)
+    zero, parts, none = np.zeros(totals.shape), sparse.csr_array(np.eye(len(names))), np.empty((0, *totals.shape))
+    works, magnitude = np.array([float(here.sum()) for here in mine]), np.abs(scores).sum(1)
+    return Creators(names, works, totals, zero, magnitude, none, zero, None, parts)
 
 
 def main() -> None:
@@ -123,14 +126,12 @@ def main() -> None:
     measured = np.stack(list(exact.values()))
     owner = np.array([item.creator for item in subject.truth.items])
     totals = {name: np.stack([each[:, owner == g].sum(1) for g in exact]) for name, each in scores.items()}
-    ends = creators(totals["two-length"].T, list(exact))
+    gained, names = gain(subject)[:, None], list(exact)
+    ends, points = (creators(scores[name], owner, names) for name in ("two-length", "two-point"))
     for along in ("path", "trapezoidal", "parabola", "Simpson"):
-        paths = creators(totals[along].T, list(exact))
-        totals["whole way" if along == "path" else f"whole, {along}"] = whole_way(
-            ends, paths, gain(subject)[:, None]
-        ).totals.T
-    points, paths = (creators(totals[name].T, list(exact)) for name in ("two-point", "path"))
-    totals["whole, two-point"] = whole_way(points, paths, gain(subject)[:, None]).totals.T
+        name = "whole way" if along == "path" else f"whole, {along}"
+        totals[name] = whole_way(ends, creators(scores[along], owner, names), gained).totals.T
+    totals["whole, two-point"] = whole_way(points, creators(scores["path"], owner, names), gained).totals.T
     text = [f"{' / '.join(dict.fromkeys(kinds))}", "", "| totals | Pearson | total variation | slope | LDS ×100 | "
             "sum, gain (r) |", "|---|---|---|---|---|---|"]  # fmt: skip
     for name, predicted in totals.items():
