@@ -31,6 +31,7 @@ _query = options_of(
     click.option("--embedding", type=click.Path(path_type=Path),
                  help="Parquet file of your own embeddings (file_name, embedding), for near copies."),
     click.option("--base", type=click.Path(path_type=Path), help="The pipeline before the fine-tune."),
+    click.option("--half", type=click.Path(path_type=Path), help="Where the model of half the length is now."),
     click.option("--dataset", type=click.Path(path_type=Path), help="Where the data set is now, if it was moved."),
     click.option("--model", type=click.Path(path_type=Path), help="Where the model is now, if it was moved."),
     click.option("--lora", type=click.Path(path_type=Path), help="Where the LoRA is now, if it was moved."),

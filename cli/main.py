@@ -165,7 +165,7 @@ def build(
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--resolution", type=int, help="Pixels of a side.  [default: the model's own]")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1 …")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …")
 def halve(out: Path, **options: Any) -> None:
     """Do a fine-tune again for half of its epochs, for build --half.
 
@@ -226,6 +226,7 @@ class _Count(click.ParamType):
 @click.option("--model", type=click.Path(path_type=Path), help="Where the model is now, if it was moved.")
 @click.option("--lora", type=click.Path(path_type=Path), help="Where the LoRA is now, if it was moved.")
 @click.option("--base", type=click.Path(path_type=Path), help="The pipeline before the fine-tune, if build named none.")
+@click.option("--half", type=click.Path(path_type=Path), help="Where the model of half the length is now, if moved.")
 @click.option("--intervals/--no-intervals", default=True, show_default=True, help="Standard errors of the scores.")
 @click.option("--output", type=click.Path(path_type=Path), help="FILE.csv, .parquet or .json")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")

@@ -64,6 +64,7 @@ def answer(
     model: str | os.PathLike[str] | None = None,
     lora: str | os.PathLike[str] | None = None,
     base: str | os.PathLike[str] | None = None,
+    half: str | os.PathLike[str] | None = None,
     engine: str = "auto",
     batch_size: int = DEFAULT_BATCH,
     memory: str | None = None,
@@ -91,6 +92,7 @@ def answer(
         model: Where the model is now.
         lora: Where the LoRA is now.
         base: The pipeline that the fine-tune started from, if it was not named at build; a LoRA's is known.
+        half: Where the model of half the length is now, if it was moved.
         engine: As for `build`.
         batch_size: As for `build`.
         memory: As for `build`.
@@ -111,8 +113,8 @@ def answer(
     clusters = nearcopies.duplicate_clusters(listed(store)[0], dataset=dataset, progress=progress)
     scored = score(
         paths, store, k=k, method=method, damping=damping, draws=draws, prompt=prompt, intervals=True, model=model,
-        lora=lora, base=base, engine=engine, batch_size=batch_size, memory=memory, device=device, progress=progress,
-        message=message, clusters=clusters, path=True,
+        lora=lora, base=base, half=half, engine=engine, batch_size=batch_size, memory=memory, device=device,
+        progress=progress, message=message, clusters=clusters, path=True,
     )  # fmt: skip
     return of_scored(
         scored, clusters, usage=weights, pool=pool, currency=currency, truth=truth, embedding=embedding,

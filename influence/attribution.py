@@ -39,6 +39,7 @@ def attribute(
     model: str | os.PathLike[str] | None = None,
     lora: str | os.PathLike[str] | None = None,
     base: str | os.PathLike[str] | None = None,
+    half: str | os.PathLike[str] | None = None,
     engine: str = "auto",
     batch_size: int = DEFAULT_BATCH,
     memory: str | None = None,
@@ -63,6 +64,7 @@ def attribute(
         model: Where the model is now, if it was moved since the store was built.
         lora: Where the LoRA is now.
         base: The pipeline that the fine-tune started from, if it was not named at build; a LoRA's is known.
+        half: Where the model of half the length is now, if it was moved.
         engine: As for `build`.
         batch_size: As for `build`.
         memory: As for `build`; of gradients, not of the solve.
@@ -85,8 +87,8 @@ def attribute(
         raise OptionError(f"k is {k}; expected at least 1, or all")
     return score(
         images, store, k=k, method=method, damping=damping, draws=draws, prompt=prompt, intervals=intervals,
-        model=model, lora=lora, base=base, engine=engine, batch_size=batch_size, memory=memory, device=device,
-        progress=progress, message=message,
+        model=model, lora=lora, base=base, half=half, engine=engine, batch_size=batch_size, memory=memory,
+        device=device, progress=progress, message=message,
     ).table  # fmt: skip
 
 
@@ -121,7 +123,7 @@ def score(
     where = {"intervals": intervals, "model": model, "lora": lora}
     if len(given) == 1:
         return score_one(images, given[0], k=k, **where, **options)
-    if model is not None or lora is not None:
+    if not (model is lora is options.get("half") is None):
         raise OptionError("with several stores there are several models; put them where they were, or ask one store")
     return combined([score_one(images, one, k=None, **where, **options) for one in given], k)
 
@@ -139,6 +141,7 @@ def score_one(
     model: str | os.PathLike[str] | None,
     lora: str | os.PathLike[str] | None,
     base: str | os.PathLike[str] | None,
+    half: str | os.PathLike[str] | None,
     engine: str,
     batch_size: int,
     memory: str | None,
@@ -193,7 +196,7 @@ def score_one(
     along = path and known and method in ("gauss-newton", "two-point", "two-length")
     families = {*chosen.elsewhere, *(METHODS["path"].elsewhere if along else ())}
     points = {
-        family: model_of(family, made.source, loaded, before=before, model=model, lora=lora)
+        family: model_of(family, made.source, loaded, before=before, half=half, model=model, lora=lora)
         for family in sorted(families)
     }
     needed = [(part, chosen.family, loaded) for part in (made, controls)]

@@ -6,6 +6,24 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from influence.errors import OptionError
+
+
+def chosen(name: str) -> str:
+    """The device of that name; `auto` is a GPU where there is one.
+
+    Raises:
+        OptionError: It cannot be used.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return name
+
 
 @contextlib.contextmanager
 def exact() -> Iterator[None]:

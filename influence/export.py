@@ -22,7 +22,7 @@ from influence.progress import Message, Progress, silent
 from influence.royalties import ESTIMATORS
 
 _OPTIONS = ("k", "method", "damping", "draws", "prompt", "usage", "pool", "currency", "embedding", "dataset", "model",
-            "lora", "base")  # fmt: skip
+            "lora", "base", "half")  # fmt: skip
 
 
 def limits(models: int) -> list[str]:

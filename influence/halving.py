@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from influence import datasets, finetuning, retraining
+from influence.devices import chosen
 
 
 def halve(
@@ -17,7 +18,7 @@ def halve(
     recipe: str | os.PathLike[str],
     resolution: int | None = None,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     progress: Callable[[str, int, int], Any] = lambda *_: None,
 ) -> Path:
     """Fine-tune the base on the data set as a recipe says, for half of its epochs, and save what came of it.
@@ -32,7 +33,7 @@ def halve(
         recipe: `finetune.json` of the whole fine-tune, or a folder that holds it.
         resolution: Pixels of a side; the model's own by default.
         seed: Key of the order of the images, the timesteps and the noise.
-        device: Where to train.
+        device: Where to train: `auto`, `cpu`, `cuda` …
         progress: Called with `fine-tune`, steps done and steps in all.
 
     Returns:
@@ -44,7 +45,7 @@ def halve(
     whole = finetuning.read_recipe(recipe)
     half = replace(whole, epochs=whole.epochs / 2)
     finetuning.require_absent(out, half)
-    denoiser = finetuning.start(base, half, resolution=resolution, device=device)
+    denoiser = finetuning.start(base, half, resolution=resolution, device=chosen(device))
     found = datasets.read_dataset(dataset, captions_required=denoiser.conditional).items
     items = sorted({item.item_id: item for item in found}.values(), key=lambda item: item.item_id)
     x0, cond = retraining.encode(denoiser, [item.path for item in items], [item.caption for item in items])

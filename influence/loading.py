@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from influence import diffusion, gradients, horizon, models, spec
+from influence.devices import chosen
 from influence.errors import GradientError, OptionError
 from influence.features import Recipe
 from influence.memory import parse_size, peak, rows_within
@@ -81,7 +82,7 @@ def network(options: BuildOptions) -> Denoiser:
         lora=None if options.lora is None else Path(options.lora),
         parameters=options.parameters,
         resolution=options.resolution,
-        device=_device(options.device),
+        device=chosen(options.device),
     )
 
 
@@ -208,7 +209,7 @@ def within_memory(
     Raises:
         OptionError: The budget is no size, or too small for one row.
     """
-    denoiser, device = loaded.denoiser, torch.device(_device(options.device))
+    denoiser, device = loaded.denoiser, torch.device(chosen(options.device))
     blank = np.zeros(denoiser.image_size, np.float32)
 
     def cost(rows: int) -> int:
@@ -218,17 +219,6 @@ def within_memory(
     rows = rows_within(parse_size(memory) // workers, cost, MAX_BATCH)
     message(f"batches of {rows} rows (image, draw), for a memory of {memory}")
     return replace(loaded, recipe=replace(loaded.recipe, batch_size=rows)), replace(options, batch_size=rows)
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise OptionError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return name
 
 
 def _engine(name: str, denoiser: Denoiser, message: Message) -> str:

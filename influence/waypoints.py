@@ -74,7 +74,12 @@ def load_base(
 
 
 def load_half(
-    source: Mapping[str, Any], finetuned: Denoiser, device: str, *, model: str | os.PathLike[str] | None = None
+    source: Mapping[str, Any],
+    finetuned: Denoiser,
+    device: str,
+    *,
+    half: str | os.PathLike[str] | None = None,
+    model: str | os.PathLike[str] | None = None,
 ) -> Denoiser:
     """The model of a fine-tune of half as many epochs.
 
@@ -82,14 +87,17 @@ def load_half(
         source: Where the store's models came from.
         finetuned: The model after the whole fine-tune.
         device: Where to put it.
-        model: Where the model that a LoRA was put on is now, if it was moved.
+        half: Where it is now, if it was moved.
+        model: Where the model that a LoRA was put on is now.
 
     Raises:
-        ModelError: It is not there, or cannot be loaded.
-        OptionError: It is another than at build, or not of this fine-tune.
+        ModelError: It cannot be loaded.
+        OptionError: It is not there, another than at build, or not of this fine-tune.
     """
     options = {"parameters": source["parameters"], "resolution": source["resolution"], "device": device}
-    path = Path(source["half"])
+    path = Path(source["half"] if half is None else half)
+    if not path.exists():
+        raise OptionError(f"the model of half the length was at {path} and is not there; say where with --half DIR")
     if source["lora"] is None:
         found = models.load_denoiser(path, **options)
     else:
@@ -141,6 +149,7 @@ def model_of(
     loaded: Loaded,
     *,
     before: Denoiser | None = None,
+    half: str | os.PathLike[str] | None = None,
     model: str | os.PathLike[str] | None = None,
     lora: str | os.PathLike[str] | None = None,
 ) -> Loaded:
@@ -154,6 +163,7 @@ def model_of(
         source: Where the store's models came from.
         loaded: The fine-tuned model, and how features are taken.
         before: The base, if it is loaded already.
+        half: Where the model of half the length is now, if it was moved.
         model: Where the model is now, if it was moved.
         lora: Where the LoRA is now.
 
@@ -165,7 +175,7 @@ def model_of(
         return loaded
     moved = {"model": model if source["lora"] is not None else None}
     if family == "half":
-        found = load_half(source, loaded.denoiser, loaded.device, **moved)
+        found = load_half(source, loaded.denoiser, loaded.device, half=half, **moved)
     else:
         if before is None:
             before = load_base(source, loaded.denoiser, None, loaded.device, lora=lora, **moved)

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
@@ -58,6 +59,20 @@ def test_scores_add_up_those_of_both_models_and_are_the_default(world):
     np.testing.assert_allclose([by_item[i] for i in ids], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
     assert table["p_value"].between(1 / 6, 1).all() and (table["score_se"] > 0).all()
     assert (table["leverage"] > 0).any()
+
+
+def test_where_it_was_moved_can_be_said(world, tmp_path):
+    picture, options = world / "controls" / "002.png", {"draws": DRAWS, "damping": 0.3}
+    shutil.copytree(world / "half", tmp_path / "half")
+    build = {"model": world / "model", "dim": 64, "draws": DRAWS, "metric": "plain"}
+    influence.build(world / "data", store=tmp_path / "s", half=tmp_path / "half", **build)
+    before = influence.attribute(picture, tmp_path / "s", **options)
+    (tmp_path / "half").rename(tmp_path / "moved")
+    with pytest.raises(OptionError, match="was at .*half and is not there; say where with --half DIR"):
+        influence.attribute(picture, tmp_path / "s", **options)
+    pd.testing.assert_frame_equal(
+        influence.attribute(picture, tmp_path / "s", half=tmp_path / "moved", **options), before
+    )
 
 
 def test_answers_are_of_the_whole_way_with_it_too(world):

@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "influence"
 LAYERS = [
-    ["errors", "devices", "triton_sketch"],
-    ["keys", "progress"],
+    ["errors"],
+    ["keys", "progress", "devices", "triton_sketch"],
     ["spec", "diffusion", "projection", "curvature", "significance"],
     ["royalties", "verdicts"],
     ["gradients", "scoring", "metrics", "similarity"],
