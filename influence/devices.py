@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,14 +28,33 @@ def chosen(name: str) -> str:
 
 @contextlib.contextmanager
 def exact() -> Iterator[None]:
-    """Neither TF32 nor sums without an order, inside; settings are as before at the end."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Neither TF32 nor sums without an order, inside; settings are as before at the end.
+
+    From 2.9 on torch keeps precisions in two places, and refuses to read the older one where they say different things.
+    """
+    backends = torch.backends
+    kept: list[tuple[Any, str]] = [(backends.cudnn, "deterministic")]
+    if newer := hasattr(backends.cuda.matmul, "fp32_precision"):
+        convolutions = [(backends.cudnn.conv, "fp32_precision"), (backends.mkldnn.conv, "fp32_precision")]
+        kept += [(backends.cuda.matmul, "fp32_precision"), (backends.mkldnn.matmul, "fp32_precision"), *convolutions]
+    else:
+        convolutions = [(backends.cudnn, "allow_tf32")]
+        kept += convolutions
+    before = [getattr(owner, name) for owner, name in kept]
     try:
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            yield
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        older = "highest"  # they differ: whoever set the newer one left this as it is at first
+    try:
+        backends.cudnn.deterministic = True
+        torch.set_float32_matmul_precision("highest")
+        for owner, name in convolutions:
+            setattr(owner, name, "ieee" if newer else False)
+        yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(older)
+        for (owner, name), value in zip(kept, before, strict=True):
+            setattr(owner, name, value)
 
 
 def onto(device: torch.device, tensor: Tensor) -> Tensor:
