@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from influence import derived, scanning, scoring, significance
 from influence import store as stores
@@ -15,7 +16,7 @@ from influence.errors import OptionError, StoreError
 from influence.loading import DEFAULT_BATCH, load_for
 from influence.pipeline import read
 from influence.progress import Message, Progress, silent
-from influence.queries import Queries, control_losses, read_queries
+from influence.queries import control_losses, read_queries
 from influence.scored import COLUMNS, Controls, Creators, Scored, creator_rows, query_rows
 from influence.scoring import METHODS
 from influence.shards import FAMILIES
@@ -215,21 +216,28 @@ def score_one(
     if clusters is not None:
         groups = scoring.shared(groups, clusters)
 
+    def preconditioned(method: scoring.Method) -> tuple[torch.Tensor, torch.Tensor]:
+        return scanning.preconditioned(method, asked.read_by(method), factored, num_train, intervals)
+
     def scan(
-        method: scoring.Method, asked: Queries, k: int | None, h: np.ndarray, controls: Store | None
-    ) -> tuple[pd.DataFrame, Creators, Controls | None]:
-        v, parts = scanning.preconditioned(method, asked, factored, num_train, intervals)
-        compared = None if controls is None else scanning.control_scores(controls, method, v, asked)
-        table, creators = scanning.rank(made, method, v, asked, k, groups, h, compared)
+        method: scoring.Method, v: torch.Tensor, parts: torch.Tensor, k: int | None, h: np.ndarray, to: Controls | None
+    ) -> tuple[pd.DataFrame, Creators]:
+        table, creators = scanning.rank(made, method, v, asked, k, groups, h, to)
         if intervals:
             table, creators = scanning.with_errors(made, method, v, parts, groups, h, table, creators)
-        return table, creators, compared
+        return table, creators
 
-    table, creators, compared = scan(chosen, asked.read_by(chosen), k, h, controls)
+    v, parts = preconditioned(chosen)
+    compared = None if controls is None else scanning.control_scores(controls, chosen, v, asked)
+    table, creators = scan(chosen, v, parts, k, h, compared)
     whole = None
     if path and along and asked.loss_base is not None:
-        _, along_path, _ = scan(METHODS["path"], asked.read_by(METHODS["path"]), 1, np.zeros(len(h)), None)
-        whole = whole_way(creators, along_path, asked.loss_base - asked.loss)
+        as_it_is = np.zeros(len(h))  # a Shapley value is no removal at the end: nothing to correct
+        (_, end), (_, way) = (
+            scan(method, *rows, 1, as_it_is, None)
+            for method, rows in ((chosen, (v, parts)), (METHODS["path"], preconditioned(METHODS["path"])))
+        )
+        whole = whole_way(end, way, asked.loss_base - asked.loss)
     count = 0 if compared is None else len(compared.item_ids)
     if 0 < count < significance.MIN_CONTROLS:
         message(

@@ -21,7 +21,8 @@ def whole_way(end: Creators, path: Creators, gain: Float[np.ndarray, "query part
     Batches of draws are taken to first order; errors of E and P as if they went together, which is on the safe side.
 
     Args:
-        end: Totals of the fine-tuned model's gradients.
+        end: Totals of scores as they are, without the correction for leaving an image out: a Shapley value adds up
+            what images brought, it does not remove them.
         path: Totals of method `path`, of the same creators and batches of draws.
         gain: Loss under the base less that under the fine-tune, by batch of the same draws.
     """

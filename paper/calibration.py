@@ -281,8 +281,8 @@ def main() -> None:
     clusters = nearcopies.duplicate_clusters(made)
     scored = attribution.score(
         asked["path"].tolist(), made, k=None, method=None, damping=None, draws=DRAWS, prompt=prompts,
-        intervals=True, model=None, lora=None, base=None, engine="auto", batch_size=64, memory=None, device="cpu",
-        progress=lambda *_: None, message=say, clusters=clusters, path=True,
+        intervals=True, model=None, lora=None, base=None, half=None, engine="auto", batch_size=64, memory=None,
+        device="cpu", progress=lambda *_: None, message=say, clusters=clusters, path=True,
     )  # fmt: skip
     table = scored.table.assign(number=scored.table["query"].map({path: q for q, path in enumerate(asked["path"])}))
     by_kind = {kind: np.flatnonzero(asked["kind"] == kind) for kind in KINDS}

@@ -148,7 +148,7 @@ def test_shares_are_of_the_whole_way_where_the_base_is_known(world):
         influence.attribute(picture, world / "s", method=method, k=None, draws=DRAWS)
         for method in ("two-point", "path")
     )
-    e, p = end.groupby("creator")["score_adj"].sum(), path.groupby("creator")["score"].sum()
+    e, p = end.groupby("creator")["score"].sum(), path.groupby("creator")["score"].sum()
     names = made.contributors.set_index("contributor_id")["name"]
     shares = made.shares[(made.shares["estimator"] == "group_sum") & (made.shares["query_id"] != "ALL")]
     shares = shares[shares["n_works"].notna()]
