@@ -109,19 +109,29 @@ def solve(curvature: Curvature, v: Float[Tensor, "rows k"]) -> Float64[Tensor, "
     if curvature.psi is None:
         return _substituted(curvature.factor, v.T).T
     alpha = _substituted(curvature.factor, _inner(curvature.psi, v))  # [R, rows]
-    result = torch.empty_like(v)
-    for start in range(0, v.shape[1], _BLOCK):
-        columns = slice(start, start + _BLOCK)
-        result[:, columns] = (v[:, columns] - alpha.T @ curvature.psi[:, columns].double()) / curvature.damping
-    return result
+    result = v.clone()
+    for part, psi in _doubled(curvature.psi):
+        result.addmm_(alpha[part].T, psi, alpha=-1)
+    return result.div_(curvature.damping)
 
 
 def _inner(psi: Float32[Tensor, "rows k"], v: Float64[Tensor, "n k"]) -> Float64[Tensor, "rows n"]:
-    """Ψ vᵀ in float64, without a copy of Ψ in float64."""
-    result = torch.zeros(len(psi), len(v), dtype=torch.float64)
-    for start in range(0, v.shape[1], _BLOCK):
-        result += psi[:, start : start + _BLOCK].double() @ v[:, start : start + _BLOCK].T
-    return result
+    """Ψ vᵀ in float64."""
+    result = torch.empty(len(v), len(psi), dtype=torch.float64)
+    for part, rows in _doubled(psi):
+        result[:, part] = v @ rows.T
+    return result.T
+
+
+_DOUBLED = 256
+
+
+def _doubled(psi: Float32[Tensor, "rows k"]) -> Iterator[tuple[slice, Float64[Tensor, "_ k"]]]:
+    """Ψ in float64, some rows at a time, in a buffer that stays in the caches: whole, it would be read twice more."""
+    buffer = torch.empty(_DOUBLED, psi.shape[1], dtype=torch.float64)
+    for start in range(0, len(psi), _DOUBLED):
+        rows = psi[start : start + _DOUBLED]
+        yield slice(start, start + len(rows)), buffer[: len(rows)].copy_(rows)
 
 
 def _substituted(factor: Float64[Tensor, "n n"], columns: Float64[Tensor, "n m"]) -> Float64[Tensor, "n m"]:
