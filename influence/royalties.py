@@ -97,7 +97,7 @@ class Estimator:
 
 
 DEFAULT_ESTIMATOR = "shrunk"
-"""Nearest to exact Shapley shares (`paper/calibration.py`). Not who is above chance: verdicts say that."""
+"""On the mean nearest to exact Shapley shares (`paper/calibration.py`). Not who is above chance: verdicts say that."""
 ESTIMATORS: dict[str, Estimator] = {
     "group_sum": Estimator("T_g⁺ / Σ_h T_h⁺", _group_sum),
     "gated_group_sum": Estimator("a_g T_g⁺ / Σ_h T_h⁺,  a_g = [q_g ≤ 0.1 against controls]", _gated_group_sum),
