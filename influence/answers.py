@@ -291,7 +291,8 @@ def _shares(
         once = Evidence(creators.images, way.totals[q], fdr[0], **common)
         repeated = Evidence(creators.images, again, fdr[1:], **common)
         for estimator in ESTIMATORS:
-            if {"gated_group_sum": not nulls, "shapley": q not in exact}.get(estimator):
+            lacking = {"gated_group_sum": not nulls, "shrunk": bool(np.isnan(rho)), "shapley": q not in exact}
+            if lacking.get(estimator):
                 continue
             share = royalties.shares(estimator, once, from_model=found.explained)
             repeats = royalties.shares(estimator, repeated, from_model=found.explained)

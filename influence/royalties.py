@@ -67,6 +67,8 @@ def _gated_group_sum(evidence: Evidence) -> np.ndarray:
 
 def _shrunk(evidence: Evidence) -> np.ndarray:
     rho = evidence.reliability
+    if np.isnan(rho):
+        raise OptionError("shrunk needs standard errors of the totals; build the store with the default --draws")
     return rho * _group_sum(evidence) + (1 - rho) * _per_work_equal(evidence)
 
 
@@ -153,9 +155,11 @@ def whole(
 
 
 def reliability(totals: Float[np.ndarray, " creators"], variance: Float[np.ndarray, " creators"]) -> float:
-    """ρ = 1 − mean error variance / variance over creators, within 0 … 1; 0 if the errors are not known."""
+    """ρ = 1 − mean error variance / variance over creators, within 0 … 1; NaN if the errors are not known."""
     spread = totals.var(ddof=1) if len(totals) > 1 else 0.0
-    if not spread > 0 or np.isnan(variance).any():
+    if np.isnan(variance).any():
+        return float("nan")
+    if not spread > 0:
         return 0.0
     return float(np.clip(1 - variance.mean() / spread, 0, 1))
 

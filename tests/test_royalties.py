@@ -175,3 +175,10 @@ def test_near_duplicates_under_two_names_share_one_credit():
     groups = scoring.shared(scoring.groups(ids, owners), {"a": "1", "b": "1", "c": "2"})
     totals = scoring.group_totals(groups, groups.places(["a", "b", "c"]), np.array([[3.0, 1.0, 5.0]]))
     np.testing.assert_allclose(totals, [[5 + 2 / 3, 2 * 2 / 3]])
+
+
+def test_totals_of_unknown_error_are_not_shrunk():
+    rho = royalties.reliability(np.array([2.0, -1.0]), np.array([0.1, np.nan]))
+    assert np.isnan(rho)
+    with pytest.raises(OptionError, match="shrunk needs standard errors"):
+        royalties.shares("shrunk", evidence([2.0, -1.0], reliability=rho))
