@@ -192,19 +192,27 @@ def batch_of(num_draws: int) -> Int64[np.ndarray, " draws"]:
     return np.where(turn % 2 == 0, place, batches - 1 - place)
 
 
-def curvature_draws(seed: int, item_id: str, num_draws: int, rate: float) -> np.ndarray:
-    """Which draws of an image give a curvature row: evenly spread over the schedule, `rate` of them on average.
+def curvature_draws(
+    seed: int, item_id: str, num_draws: int, rate: float, density: Sequence[float] | None = None
+) -> np.ndarray:
+    """Draws of an image that give a curvature row, ascending; those that give several are there as often.
 
     The count is ⌊rate⌋, or one more with probability rate − ⌊rate⌋, decided by the image's own key: a pure function of
-    the image, so that adding images to a data set never changes the rows of the others.
+    the image, so that adding images to a data set never changes the rows of the others. They are evenly spread: over
+    the schedule, or over the draws in proportion to `density`.
     """
     whole = int(np.floor(rate))
     u = keys.uniform(("curvature-draws", seed, item_id), 2)
     count = min(whole + int(u[0] < rate - whole), num_draws)
-    return np.floor((np.arange(count) + u[1]) * num_draws / max(count, 1)).astype(np.int64)
+    edges = np.cumsum(np.ones(num_draws) if density is None else density)
+    points = (np.arange(count) + u[1]) / max(count, 1)
+    return np.searchsorted(edges / edges[-1], points, side="right").clip(max=num_draws - 1)
 
 
-def probes(seed: int, item_id: str, draw_indices: np.ndarray, shape: tuple[int, ...]) -> Float[Tensor, "rows *shape"]:
-    """ξ ~ N(0, I) at the network's output, one for each curvature row."""
-    rows = [keys.normal(("probe", seed, item_id, int(s)), shape) for s in draw_indices]
+def probes(
+    seed: int, item_id: str, draw_indices: np.ndarray, shape: tuple[int, ...], number: int = 0
+) -> Float[Tensor, "rows *shape"]:
+    """ξ ~ N(0, I) at the network's output for each of these draws: the first, or another one by its number."""
+    more = (number,) if number else ()
+    rows = [keys.normal(("probe", seed, item_id, int(s), *more), shape) for s in draw_indices]
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty((0, *shape))

@@ -21,7 +21,7 @@ from influence.projection import Projection
 
 @dataclass(frozen=True)
 class Recipe:
-    """How features are taken; the first part changes them, the second (engine, batch_size) only their cost."""
+    """How features are taken; engine and batch_size change only what they cost."""
 
     schedule: NoiseSchedule
     parameters: Mapping[str, nn.Parameter]
@@ -39,6 +39,8 @@ class Recipe:
     engine: str
     batch_size: int
     """Rows (image, draw) in one forward."""
+    density: tuple[float, ...] | None = None
+    """How often each of the S draws gives a curvature row, in proportion (`allocation`); `None`: all equally often."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Features:
     psi_item: Int32[np.ndarray, " rows"]
     """Index of the image that a curvature row is of."""
     psi_draw: Int32[np.ndarray, " rows"]
-    """Its draw s."""
+    """Its draw s; a draw with several probes has as many rows."""
 
 
 def features(
@@ -82,20 +84,20 @@ def features(
     part = max(batches, 1)
     phi = torch.zeros(n * part, k, device=x0.device)
     total = torch.zeros(n * part, device=x0.device)
-    chosen = _curvature_draws(recipe, item_ids)
-    item = np.repeat(np.arange(n), np.array([len(draws) for draws in chosen], int))
-    draw = np.concatenate([np.empty(0, int), *chosen])
-    place = item * recipe.num_draws + draw  # ascending: where a curvature row belongs
-    psi = torch.empty(len(place), k, device=x0.device)
-    for rows, which, curvature in forwards(recipe, item_ids):
+    counts = _probe_counts(recipe, item_ids)
+    item, draw = np.nonzero(counts)
+    item, draw = (np.repeat(index, counts[counts > 0]) for index in (item, draw))
+    place = np.cumsum(counts).reshape(counts.shape) - counts  # where the first curvature row of each draw belongs
+    psi = torch.empty(len(item), k, device=x0.device)
+    for rows, which, num_probes in forwards(recipe, item_ids):
         images = rows // part
-        results = forward(network, recipe, item_ids, x0, cond, images, which, curvature)
+        results = forward(network, recipe, item_ids, x0, cond, images, which, num_probes)
         index = onto(x0.device, torch.from_numpy(rows))
         phi.index_add_(0, index, results[0].features)
         total.index_add_(0, index, results[0].values.float().unflatten(0, (len(images), -1)).sum(1))
-        if curvature:
-            here = np.searchsorted(place, (images[:, None] * recipe.num_draws + which).reshape(-1))
-            psi[onto(x0.device, torch.from_numpy(here))] = results[1].features
+        first = onto(x0.device, torch.from_numpy(place[images[:, None], which].reshape(-1)))
+        for number, result in enumerate(results[1:]):
+            psi[first + number] = result.features
     phi, total = phi.unflatten(0, (n, part)), total.unflatten(0, (n, part))
     return Features(
         phi=phi.sum(1).cpu().numpy(),
@@ -167,20 +169,20 @@ def joined(parts: Sequence[Features]) -> Features:
     return Features(**columns)
 
 
-def forwards(recipe: Recipe, item_ids: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
+def forwards(recipe: Recipe, item_ids: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """Split the (image, draw) rows into forwards with equally many draws per row of φ.
 
-    A row of φ is of one image and one batch of its draws. Draws that give a curvature row are apart from the others, so
-    that the second backward covers these alone.
+    A row of φ is of one image and one batch of its draws. Draws with equally many curvature rows are together: each of
+    these is a backward of its own.
 
     Yields:
-        Indices of rows of φ `[rows]`, their draws `[rows, draws]`, and whether these give curvature rows.
+        Indices of rows of φ `[rows]`, their draws `[rows, draws]`, and how many curvature rows each draw gives.
     """
     batch = diffusion.batch_of(recipe.num_draws)
     parts = [np.flatnonzero(batch == b) for b in range(batch.max() + 1)]
-    chosen = _curvature_draws(recipe, item_ids)
-    for curvature in (True, False):
-        lists = [part[np.isin(part, c, invert=not curvature)] for c in chosen for part in parts]
+    counts = _probe_counts(recipe, item_ids)
+    for num_probes in range(counts.max(initial=0), -1, -1):
+        lists = [part[own[part] == num_probes] for own in counts for part in parts]
         for count in sorted({len(draws) for draws in lists} - {0}):
             images = np.array([i for i, draws in enumerate(lists) if len(draws) == count])
             step = max(1, recipe.batch_size // count)
@@ -189,12 +191,17 @@ def forwards(recipe: Recipe, item_ids: Sequence[str]) -> Iterator[tuple[np.ndarr
                 part = images[first : first + step]
                 which = np.stack([lists[i] for i in part])
                 for start in range(0, count, recipe.batch_size):
-                    yield part, which[:, start : start + recipe.batch_size], curvature
+                    yield part, which[:, start : start + recipe.batch_size], num_probes
 
 
-def _curvature_draws(recipe: Recipe, item_ids: Sequence[str]) -> list[np.ndarray]:
-    """Draws of each image that give a curvature row."""
-    return [diffusion.curvature_draws(recipe.seed, i, recipe.num_draws, recipe.curvature_rate) for i in item_ids]
+def _probe_counts(recipe: Recipe, item_ids: Sequence[str]) -> Int64[np.ndarray, "images draws"]:
+    """How many curvature rows each draw of each image gives."""
+    seed, num_draws, rate, density = recipe.seed, recipe.num_draws, recipe.curvature_rate, recipe.density
+    counts = [
+        np.bincount(diffusion.curvature_draws(seed, item_id, num_draws, rate, density), minlength=num_draws)
+        for item_id in item_ids
+    ]
+    return np.array(counts, np.int64).reshape(len(item_ids), num_draws)
 
 
 def forward(
@@ -205,10 +212,10 @@ def forward(
     cond: Tensor | None,
     images: np.ndarray,
     which: np.ndarray,
-    curvature: bool,
+    num_probes: int,
 ) -> list[gradients.Result]:
     """Take the gradients of one of the `forwards`: of the output, summed over the draws of each row; of the probes."""
-    inputs, outputs = _prepare(recipe, item_ids, x0, cond, images, which, curvature)
+    inputs, outputs = _prepare(recipe, item_ids, x0, cond, images, which, num_probes)
     return gradients.per_sample_gradients(
         network, recipe.parameters, inputs, outputs, recipe.projection, engine=recipe.engine, bf16=recipe.bf16
     )
@@ -221,7 +228,7 @@ def _prepare(
     cond: Tensor | None,
     images: np.ndarray,
     which: np.ndarray,
-    curvature: bool,
+    num_probes: int,
 ) -> tuple[gradients.Inputs, list[gradients.Output]]:
     """Make the rows of a batch and the scalars whose gradients are wanted."""
     schedule, count = recipe.schedule, which.shape[1]
@@ -237,11 +244,18 @@ def _prepare(
 
         y, w = diffusion.target(schedule, clean, t, eps), diffusion.weight(schedule, t)
         outputs = [gradients.Output(loss, (y, w), count)]
-    if curvature:
-        probed = zip(images, which, strict=True)
-        shape = tuple(x0.shape[1:])
-        xi = torch.cat([diffusion.probes(recipe.seed, item_ids[i], s, shape) for i, s in probed])
-        scale = (2 * diffusion.weight(schedule, t) / eps[0].numel()).sqrt()
+    if num_probes:
+        # Each row stands for those that the draw would give if all gave equally many: E[ψψᵀ] stays what it is.
+        p = np.ones(recipe.num_draws) if recipe.density is None else np.asarray(recipe.density)
+        more = torch.from_numpy((p.mean() / p[which.reshape(-1)]).astype(np.float32))
+        scale = (2 * diffusion.weight(schedule, t) / eps[0].numel() * onto(x0.device, more)).sqrt()
+    for number in range(num_probes):
+        xi = torch.cat(
+            [
+                diffusion.probes(recipe.seed, item_ids[i], draws, tuple(x0.shape[1:]), number)
+                for i, draws in zip(images, which, strict=True)
+            ]
+        )
         outputs.append(gradients.Output(_probed, (scale, onto(x0.device, xi)), 1))
     return inputs, outputs
 

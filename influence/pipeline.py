@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from influence import datasets, diffusion, finetuning, horizon, keys, shards, store
+from influence import allocation, datasets, diffusion, finetuning, horizon, keys, shards, store
 from influence import items as tables
 from influence.building import run_shards
 from influence.errors import DatasetError, OptionError
@@ -134,6 +135,8 @@ def build(
         held = COPIES * shard_bytes(loaded, options, data, curvature_budget(options, data, curvature_rows)[1])
         held += waypoint_bytes(source, denoiser)
         loaded, options = within_memory(loaded, options, memory, held, message, workers)
+    if not (Path(store) / "store.json").exists() and curvature_budget(options, data, curvature_rows)[1]:
+        source["curvature_density"] = _density(loaded, pilots(options, data))
     made = _open_or_create(Path(store), loaded, options, data, curvature_rows, source)
     run_shards(made, "loss", loaded, options, data, workers, progress, message)
     parts = [(made, options, data)]
@@ -223,6 +226,20 @@ def curvature_budget(options: BuildOptions, data: datasets.Dataset, curvature_ro
     if wanted < 0:
         raise OptionError(f"curvature-rows is {wanted}; expected 0 or more")
     return wanted, min(wanted / len({item.item_id for item in data.items}), float(options.draws))
+
+
+def pilots(options: BuildOptions, data: datasets.Dataset) -> list[datasets.Item]:
+    """Images on which it is measured how often each draw should give a curvature row."""
+    items = sorted({item.item_id: item for item in data.items}.values(), key=lambda item: item.item_id)
+    numbers = keys.integers(("allocation", options.seed), allocation.IMAGES, len(items))
+    return [items[i] for i in np.unique(numbers)]
+
+
+def _density(loaded: Loaded, chosen: list[datasets.Item]) -> tuple[float, ...]:
+    """How often each draw gives a curvature row."""
+    of = loaded.denoiser
+    x0, cond = encoded(of, decode(of, chosen), [item.caption for item in chosen])
+    return allocation.density(of.network, loaded.recipe, [item.item_id for item in chosen], x0, cond)
 
 
 def shard_bytes(loaded: Loaded, options: BuildOptions, data: datasets.Dataset, rate: float) -> int:

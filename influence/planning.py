@@ -17,8 +17,8 @@ from influence.progress import Message, Progress, silent
 from influence.scoring import METHODS
 from influence.waypoints import base_is_known, default_method
 
-Shape = tuple[bool, int, int]
-"""Of a forward: whether it gives curvature rows, its rows of φ, and the draws of each."""
+Shape = tuple[int, int, int]
+"""Of a forward: how many curvature rows each draw gives, its rows of φ, and the draws of each."""
 
 _SHARDS = 8  # of which forwards are counted; the others are like them
 _FILES, _ROW = 4000, 100  # bytes of a shard's HDF5 structures and record, and of an image in the table
@@ -39,8 +39,8 @@ def forwards(recipe: Recipe, ids: Sequence[str], per_shard: int) -> tuple[dict[S
     draws: dict[Shape, np.ndarray] = {}
     for shard in counted:
         for first in range(0, len(shard), recipe.batch_size):  # as `taking.take` takes them
-            for _, which, curvature in features.forwards(recipe, shard[first : first + recipe.batch_size]):
-                shape = (curvature, *which.shape)
+            for _, which, num_probes in features.forwards(recipe, shard[first : first + recipe.batch_size]):
+                shape = (num_probes, *which.shape)
                 draws.setdefault(shape, which)
                 counts[shape] += which.size
     return {shape: whole * count for shape, count in counts.items()}, draws
@@ -125,7 +125,7 @@ def plan(
     x0, cond = taking.encoded(denoiser, taking.decode(denoiser, sample), captions)
     seconds = setup + (time.perf_counter() - start) * sum(sizes) / len(sample)
     highest = 0
-    for curvature, shape in commonest.items():
+    for num_probes, shape in commonest.items():
         images = np.arange(shape[1]) % len(sample)
 
         def work(images: np.ndarray = images, shape: Shape = shape) -> None:
@@ -136,8 +136,10 @@ def plan(
         start = time.perf_counter()
         work()  # … and the second is the price
         per_row = (time.perf_counter() - start) / (shape[1] * shape[2])
-        seconds += per_row * sum(count for s, count in rows.items() if s[0] == curvature)
-        if not curvature and (metric == "adamw" or pipeline.own_recipe(chosen, recipe_file) is not None):
+        seconds += per_row * sum(count for s, count in rows.items() if s[0] == num_probes)
+        if num_probes:
+            seconds += per_row * len(pipeline.pilots(chosen, data)) * chosen.draws
+        elif metric == "adamw" or pipeline.own_recipe(chosen, recipe_file) is not None:
             points = 3 if base_is_known(source) else 1
             seconds += per_row * points * horizon.BATCHES * horizon.ROWS  # about: a plain pass, without features
     return {

@@ -228,7 +228,7 @@ def check_finite(name: str, content: ShardContent) -> None:
 def check_rows(
     name: str, images: int, psi_item: Int32[np.ndarray, " rows"], psi_draw: Int32[np.ndarray, " rows"]
 ) -> None:
-    """Refuse curvature rows that are not of images that are there, in order, one for each draw.
+    """Refuse curvature rows that are not of images that are there, in the order of images and draws.
 
     Raises:
         StoreError: A row is out of place.
@@ -236,8 +236,8 @@ def check_rows(
     item, draw = psi_item.astype(np.int64), psi_draw.astype(np.int64)
     place = item * (1 << 32) + draw
     inside = not len(item) or (item[0] >= 0 and item[-1] < images and draw.min() >= 0)
-    if not inside or (np.diff(place) <= 0).any():
-        raise StoreError(f"curvature rows of {name} are not of its images, one for each draw, in order")
+    if not inside or (np.diff(place) < 0).any():
+        raise StoreError(f"curvature rows of {name} are not of its images, in the order of images and draws")
 
 
 def without(content: ShardContent, excluded: set[str]) -> ShardContent:

@@ -24,7 +24,19 @@ import torch
 from ekfac import Ekfac
 from ground_truth import PAPER, prepare
 
-from influence import diffusion, evaluation, features, finetuning, gradients, horizon, keys, metrics, models, retraining
+from influence import (
+    allocation,
+    diffusion,
+    evaluation,
+    features,
+    finetuning,
+    gradients,
+    horizon,
+    keys,
+    metrics,
+    models,
+    retraining,
+)
 from influence.curvature import Curvature, curvature, solve
 from influence.features import Recipe
 from influence.gradients import Inputs, Output
@@ -127,14 +139,34 @@ class Subject:
             self.denoiser.network, self.denoiser.parameters, inputs, [output], projection, engine="hooks"
         )[0].features
 
-    def phi(
-        self, side: Side, output: str, seed: int, projection: Projection, rate: float = 0.0, psi: str | None = None
-    ) -> np.ndarray:
-        """φ of all images as the library takes them; curvature rows go to an array of the folder."""
-        recipe = Recipe(
+    def recipe(self, side: Side, output: str, seed: int, projection: Projection, rate: float = 0.0) -> Recipe:
+        """How features of a side are taken."""
+        return Recipe(
             self.denoiser.schedule, self.denoiser.parameters, projection, seed, side.role, side.draws, rate,
             output, bf16=False, engine="hooks", batch_size=64,
         )  # fmt: skip
+
+    def density(self, projection: Projection) -> tuple[float, ...]:
+        """How often each draw gives a curvature row, as a build measures it."""
+        train = self.train
+        chosen = np.unique(keys.integers(("allocation", 0), allocation.IMAGES, len(train.ids)))
+        cond = None if train.cond is None else train.cond[chosen]
+        recipe = self.recipe(train, "loss", 0, projection)
+        ids = [train.ids[i] for i in chosen]
+        return allocation.density(self.denoiser.network, recipe, ids, train.x0[chosen], cond)
+
+    def phi(
+        self,
+        side: Side,
+        output: str,
+        seed: int,
+        projection: Projection,
+        rate: float = 0.0,
+        psi: str | None = None,
+        density: tuple[float, ...] | None = None,
+    ) -> np.ndarray:
+        """φ of all images as the library takes them; curvature rows go to an array of the folder."""
+        recipe = replace(self.recipe(side, output, seed, projection, rate), density=density)
         count = len(side.ids) * side.draws if psi is not None else 0
         rows = (
             np.lib.format.open_memmap(self.folder / f"{psi}.npy", "w+", np.float32, (count, projection.dim))
@@ -229,13 +261,19 @@ def inverses(psi: np.ndarray, dampings: Sequence[float], gram: torch.Tensor | No
         yield Curvature(torch.linalg.cholesky(damped), lam, len(rows), unit, rows)
 
 
-def curvature_rows(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
-    """φ of 40 draws of each image in the metric, and ψ, a row for each."""
-    side = subject.train
-    phi = subject.kept(
-        "metric-train", lambda: subject.phi(side, "loss", 0, subject.metric, float(DRAWS), psi="metric-psi")
-    )
-    return phi, np.load(subject.folder / "metric-psi.npy", mmap_mode="r")
+def curvature_rows(subject: Subject, divided: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """φ of 40 draws of each image in the metric, and ψ, as many rows, of draws as often as rows are long; or equally.
+
+    The file of φ is the last that is made, and says that ψ is whole.
+    """
+    name = "metric" if divided else "equal"
+
+    def make() -> np.ndarray:
+        density = subject.density(subject.metric) if divided else None
+        return subject.phi(subject.train, "loss", 0, subject.metric, float(DRAWS), f"{name}-psi", density)
+
+    phi = subject.kept(f"{name}-train", make)
+    return phi, np.load(subject.folder / f"{name}-psi.npy", mmap_mode="r")
 
 
 def at_end(subject: Subject, seed: int) -> np.ndarray:

@@ -75,6 +75,7 @@ def test_curvature_draws_have_the_rate_on_average_and_are_distinct(rate):
 def test_probes_are_keyed_by_image_and_draw():
     a = diffusion.probes(0, "id", np.array([1, 4]), SHAPE)
     assert torch.equal(a[1], diffusion.probes(0, "id", np.array([4]), SHAPE)[0])
+    assert not torch.equal(a, diffusion.probes(0, "id", np.array([1, 4]), SHAPE, number=1))
     assert diffusion.probes(0, "id", np.array([], dtype=int), SHAPE).shape == (0, *SHAPE)
 
 

@@ -55,12 +55,13 @@ def invoked(*parts):
 
 
 def rows_of(store):
-    """φ by id, and ψ by id and draw."""
+    """φ by id, and ψ by id, draw and how many of the draw's rows stand before it."""
     phi, psi = {}, {}
     for content in influence.open_store(store).blocks():
         phi |= dict(zip(content.item_ids, content.phi, strict=True))
         for item, draw, row in zip(content.psi_item, content.psi_draw, content.psi, strict=True):
-            psi[content.item_ids[item], int(draw)] = row
+            number = sum(key[:2] == (content.item_ids[item], int(draw)) for key in psi)
+            psi[content.item_ids[item], int(draw), number] = row
     return phi, psi
 
 
@@ -188,7 +189,7 @@ def test_a_gpu_is_never_waited_for_within_a_batch(world, model):
     recipe = features.Recipe(
         schedule=denoiser.schedule, parameters=denoiser.parameters, seed=0, role="train", num_draws=DRAWS,
         projection=countsketch(shapes, dim=256, seed=0, device=torch.device("cuda")), curvature_rate=2.0,
-        output="loss", bf16=False, engine="hooks", batch_size=8,
+        output="loss", bf16=False, engine="hooks", batch_size=8, density=(3.0,) + (1.0,) * (DRAWS - 1),
     )  # fmt: skip
     pictures = [datasets.decode(world / "data" / f"00{i}.png")[0] for i in range(4)]
     channels, height, width = denoiser.image_size
@@ -196,15 +197,15 @@ def test_a_gpu_is_never_waited_for_within_a_batch(world, model):
     ids = [str(i) for i in range(4)]
     x0, cond = taking.encoded(denoiser, arrays, ids)
     batches = list(features.forwards(recipe, ids))
-    assert {curvature for *_, curvature in batches} == {True, False}
+    assert {num_probes for *_, num_probes in batches} == {0, 1}
     try:
         with warnings.catch_warnings():  # that the mode is a prototype
             warnings.simplefilter("ignore")
             torch.cuda.set_sync_debug_mode("error")
         with pytest.raises(RuntimeError, match="synchronizing"):
             x0.sum().item()
-        for rows, which, curvature in batches:
-            features.forward(denoiser.network, recipe, ids, x0, cond, rows // 2, which, curvature)
+        for rows, which, num_probes in batches:
+            features.forward(denoiser.network, recipe, ids, x0, cond, rows // 2, which, num_probes)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -245,7 +246,10 @@ def test_half_the_curvature_rows_are_the_same_rows(world, built, tmp_path):
     build(world, tmp_path / "s", base=world / "base", curvature_rows=20)
     (phi, psi), (whole_phi, whole) = rows_of(tmp_path / "s"), rows_of(built)
     assert 12 <= len(psi) <= 28 and len(whole) == 10 * DRAWS
-    for key, row in psi.items():
+    both = psi.keys() & whole.keys()  # of draws that seldom give one, the half may have other ones
+    assert len(both) > len(psi) / 2
+    for key in both:
+        row = psi[key]
         np.testing.assert_allclose(row, whole[key], rtol=1e-3, atol=1e-5 * np.abs(row).max())
     for key, row in phi.items():
         np.testing.assert_allclose(row, whole_phi[key], rtol=1e-3, atol=1e-5 * np.abs(row).max())

@@ -13,7 +13,7 @@ LAYERS = [
     ["royalties", "verdicts"],
     ["gradients", "scoring", "metrics", "similarity"],
     ["features", "commit", "memory"],
-    ["datasets", "models", "shards", "exclusions", "training"],
+    ["allocation", "datasets", "models", "shards", "exclusions", "training"],
     ["items", "finetuning"],
     ["store", "executors", "typefaces", "horizon", "taking"],
     ["verification", "figure", "contactsheet", "loading", "retraining"],
@@ -31,7 +31,7 @@ LAYERS = [
     ["export"],
 ]
 _FIRST = ["spec", "diffusion", "projection", "curvature", "significance", "royalties", "verdicts"]
-MIDDLE = {*_FIRST, "gradients", "scoring", "metrics", "similarity", "features"}
+MIDDLE = {*_FIRST, "gradients", "scoring", "metrics", "similarity", "features", "allocation"}
 ORDER = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 

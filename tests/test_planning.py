@@ -60,13 +60,13 @@ def test_disk_and_memory_are_within_a_fifth_of_what_then_happens(world, tmp_path
 
 @pytest.mark.parametrize("base", [None, "base"])
 def test_every_forward_of_the_build_is_counted(world, tmp_path, monkeypatch, base):
-    """One second for each row of a forward, two if it gives curvature rows: the plan must add up to the same."""
+    """One second for each row of a forward, one more for each curvature row: the plan must add up to the same."""
     clock, taken = [0.0], []
 
-    def forward(network, recipe, ids, x0, cond, images, which, curvature):
-        clock[0] += which.size * (1 + curvature)
-        taken.append(which.size * (1 + curvature))
-        return real(network, recipe, ids, x0, cond, images, which, curvature)
+    def forward(network, recipe, ids, x0, cond, images, which, num_probes):
+        clock[0] += which.size * (1 + num_probes)
+        taken.append(which.size * (1 + num_probes))
+        return real(network, recipe, ids, x0, cond, images, which, num_probes)
 
     real = features.forward
     monkeypatch.setattr(features, "forward", forward)
