@@ -29,6 +29,7 @@ from influence.projection import countsketch
 
 SCHEDULE = NoiseSchedule(tuple(np.linspace(0.999, 0.01, 1000).tolist()), "epsilon", "uniform")
 SIZE, DRAWS = 32, 8
+DENSITY = (2.8, 1.7, 1.2, 0.9, 0.7, 0.5, 0.3, 0.2)  # how often draws give curvature rows, much as on our ground truths
 
 
 class Called(nn.Module):
@@ -98,6 +99,7 @@ def measure(name: str, rows: int, dim: int, rounds: int, device: torch.device, w
     recipe = Recipe(
         schedule=SCHEDULE, parameters=parameters, projection=sketch, seed=0, role="train", num_draws=DRAWS,
         curvature_rate=float(DRAWS), output="loss", bf16=False, engine="hooks", batch_size=rows,
+        density=DENSITY,
     )  # fmt: skip
     ids = [str(i) for i in range(4 * rows // DRAWS)]
     images = x0[: rows // DRAWS].repeat(4, 1, 1, 1)

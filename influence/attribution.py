@@ -174,7 +174,7 @@ def score_one(
             f"{method} needs a fine-tune of half the epochs: make it with influence halve, and build store "
             f"{made.path.name} with --half DIR"
         )
-    if {"base", "late"} & {*chosen.elsewhere} and not known:
+    if {"base", "middle", "late"} & {*chosen.elsewhere} and not known:
         raise OptionError(
             f"{method} needs the model before the fine-tune: build store {made.path.name} with --base DIR"
         )

@@ -49,7 +49,8 @@ class Queries:
         if not method.elsewhere:
             return self
         if method.along:
-            phi, batch = (sum(np.float32(w) * self.beside[f][i] for f, w in method.along.items()) for i in (0, 1))
+            points = {**self.beside, method.family: (self.phi, self.phi_batch)}
+            phi, batch = (sum(np.float32(w) * points[f][i] for f, w in method.along.items()) for i in (0, 1))
         else:
             pairs = zip((self.phi, self.phi_batch), self.beside[method.beside], strict=True)
             phi, batch = (np.concatenate(pair, axis=-1) for pair in pairs)

@@ -47,7 +47,7 @@ def blocks(made: Store, method: Method, batches: bool = False) -> Iterator[Featu
         return [rows.astype(np.float32) * scale[:, None] for rows, scale in scaled]
 
     families = (method.family, *method.elsewhere)
-    used = method.along or families
+    weights = [np.float32(method.along.get(family, 0.0)) for family in families]
     for contents in zip(*map(made.blocks, families), strict=True):
         ids = contents[0].item_ids
         for family, content in zip(families, contents, strict=True):
@@ -56,10 +56,8 @@ def blocks(made: Store, method: Method, batches: bool = False) -> Iterator[Featu
                     f"store {made.path.name} has gradients {FAMILIES[method.family]} and {FAMILIES[family]} of "
                     "different images; leave out those that were refused, with influence exclude"
                 )
-        points = [content for family, content in zip(families, contents, strict=True) if family in used]
-        read = list(zip(*([content.phi, *drawn(content)] for content in points), strict=True))
+        read = list(zip(*([content.phi, *drawn(content)] for content in contents), strict=True))
         if method.along:
-            weights = [np.float32(weight) for weight in method.along.values()]
             read = [(sum(w * rows for w, rows in zip(weights, each, strict=True)),) for each in read]
         yield Features(ids, read[0], read[1:])
 

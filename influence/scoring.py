@@ -29,7 +29,7 @@ class Method:
     beside: str | None = None
     """A second family: `late` or `half`."""
     along: Mapping[str, float] = field(default_factory=dict)
-    """Weights of other families, if the mean of their features along the way is taken in place of its own."""
+    """Weights of families, if the mean of their features along the way is taken."""
     curvature: str | None = None
     """Rows that make H: `psi` (curvature rows), `phi` (the features themselves), or `None` for no H."""
     steps: int = 1
@@ -40,7 +40,7 @@ class Method:
     @property
     def elsewhere(self) -> tuple[str, ...]:
         """Families that it reads besides its own: features under other models of the way."""
-        return tuple(self.along) if self.beside is None else (self.beside,)
+        return tuple(f for f in (*self.along, self.beside) if f not in (self.family, None))
 
 
 METHODS: dict[str, Method] = {
@@ -48,9 +48,9 @@ METHODS: dict[str, Method] = {
     "gauss-newton": Method("τ = (1/N) φ_qᵀ (H + λI)⁻¹ φ_i,  H = (1/R) Σ ψψᵀ", curvature="psi"),
     # The way from the base to the fine-tune, integrated; see ARCHITECTURE.md.
     "path": Method(
-        "τ = (1/N) φ̄_qᵀ (H + 2λI)⁻¹ φ̄_i,  φ̄ = ⅓ φ of the base + ⅔ φ′,  φ′ of weights ¼ base + ¾ fine-tune",
+        "τ = (1/N) φ̄_qᵀ (H + 2λI)⁻¹ φ̄_i,  φ̄ = (φ of the base + 4 φ of the middle of the way + φ) / 6",
         curvature="psi",
-        along={"base": 1 / 3, "late": 2 / 3},  # exact for what changes evenly along the way
+        along={"base": 1 / 6, "middle": 4 / 6, "loss": 1 / 6},  # Simpson's rule
         steps=2,  # its totals stand beside those of `two-point`: they share a factor
     ),
     # Two implicit Euler steps of the fine-tune in place of one; see ARCHITECTURE.md.

@@ -24,6 +24,7 @@ FAMILIES = {
     "loss": "of the loss",
     "square": "of another output",
     "base": "under the model before the fine-tune",
+    "middle": "at half of the way of the fine-tune",
     "late": "at ¾ of the way of the fine-tune",
     "half": "under a fine-tune of half the length",
 }

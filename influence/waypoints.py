@@ -1,4 +1,4 @@
-"""Models of a fine-tune that methods ask beside its end: its base, a point between, one of half the length."""
+"""Models of a fine-tune that methods ask beside its end: its base, points between, one of half the length."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -11,9 +11,9 @@ from influence.errors import OptionError, StoreError
 from influence.loading import Loaded
 from influence.models import Denoiser
 
-LATE = 0.75
-"""The second point of `two-point`, as a part of the way from the base to the fine-tune: where half of the steps have
-brought it, since they slow down."""
+MIDDLE, LATE = 0.5, 0.75
+"""Points between the base and the fine-tune, as parts of the way: of `path`, in the middle, and of `two-point`, where
+half of the steps have brought it, since they slow down."""
 
 
 def base_is_known(source: Mapping[str, Any]) -> bool:
@@ -155,8 +155,8 @@ def model_of(
 ) -> Loaded:
     """The model that a family of features is taken of.
 
-    It is the fine-tuned one (`loss`, `square`), its base (`base`), that at `LATE` of the way between these (`late`), or
-    one of half as many epochs (`half`).
+    It is the fine-tuned one (`loss`, `square`), its base (`base`), one between these (`middle`, `late`), or one of half
+    as many epochs (`half`).
 
     Args:
         family: Name in `FAMILIES`.
@@ -181,7 +181,8 @@ def model_of(
             before = load_base(source, loaded.denoiser, None, loaded.device, lora=lora, **moved)
         if before is None:
             raise StoreError("the store does not say where its model was before the fine-tune")
-        found = before if family == "base" else models.between(before, loaded.denoiser, LATE)
+        part = {"base": 0.0, "middle": MIDDLE, "late": LATE}[family]
+        found = models.between(before, loaded.denoiser, part) if part else before
     return Loaded(found, loaded.spec, replace(loaded.recipe, parameters=found.parameters))
 
 

@@ -215,8 +215,15 @@ def lines(subject: Subject, masks: np.ndarray) -> Iterator[Line]:
         kept = np.flatnonzero(np.arange(len(psi)) % draws % every == (item % every))
         few = inverse(psi[kept], lam, gram[kept][:, kept])
         yield "curvature rows of an image", str(draws // every), scores(mean, train, few)
-    averaged = psi.reshape(n, draws, -1).mean(1) * draws**0.5
+    equal = np.asarray(curvature_rows(subject, divided=False)[1])
+    yield (
+        "curvature rows of an image",
+        f"{draws}, of all timesteps equally often",
+        scores(mean, train, inverse(equal, lam)),
+    )
+    averaged = equal.reshape(n, draws, -1).mean(1) * draws**0.5
     yield "curvature rows of an image", f"{draws} averaged into 1", scores(mean, train, inverse(averaged, lam))
+    del equal, averaged
     for name, what in (("gauss-newton", "λ"), ("two-point", "λ, two steps"), ("as-built", "λ, two lengths")):
         for times, tau in zip(TIMES, np.load(subject.folder / f"scores-{name}.npy"), strict=True):
             if times != 1:

@@ -5,8 +5,8 @@
 
 A point s of the way has the weights (1 − s) base + s fine-tune; of a LoRA, lora_B is scaled by s. Beside the features
 that comparison.py kept it takes those at s = 0 and ½, of 20 draws of an image and 64 of a query. `path` is by the rule
-of the library, over 0 and ¾; `trapezoidal` over 0 and 1; `parabola` over 0, ¾ and 1; `Simpson` over 0, ½ and 1. `whole
-way` is what shares are made of (`influence/wholeway.py`), with each query's gain on those 64 draws.
+of the library, Simpson's over 0, ½ and 1; `trapezoidal` over 0 and 1; `parabola` over 0, ¾ and 1; `two points` over 0
+and ¾. `whole way` is what shares are made of (`influence/wholeway.py`), with each query's gain on those 64 draws.
 """
 
 import argparse
@@ -105,10 +105,11 @@ def main() -> None:
     half_length = tau(*(part.astype(float) for part in two_lengths_as_built(subject)[2:]))
     late = solve(inverse, torch.tensor(asked_late)) * inverse.damping
     weights, later = METHODS["path"].along, (asked_late.astype(float), half_late.astype(float))
-    path = tuple(weights["base"] * a + weights["late"] * b for a, b in zip(start, later, strict=True))
+    points = {"base": start, "middle": middle, "loss": end}
+    path = tuple(sum(weights[family] * points[family][side] for family in points) for side in (0, 1))
+    two = tuple((a + 2 * b) / 3 for a, b in zip(start, later, strict=True))
     trapezoid = tuple((a + b) / 2 for a, b in zip(start, end, strict=True))
     parabola = tuple(5 / 18 * a + 8 / 9 * b - 1 / 6 * c for a, b, c in zip(start, later, end, strict=True))
-    simpson = tuple((a + 4 * b + c) / 6 for a, b, c in zip(start, middle, end, strict=True))
     scores = {
         "end": tau(*end),
         "two-point": tau(*end) + tau(late.numpy(), half_late.astype(float)),
@@ -117,7 +118,7 @@ def main() -> None:
         "trapezoidal": tau(*trapezoid),
         "parabola": tau(*parabola),
         "base alone": tau(*start),
-        "Simpson": tau(*simpson),
+        "two points": tau(*two),
         "equal per work": np.ones((len(subject.query.ids), n)),
     }
     masks, by_seed, kinds = halves(subject.truth)
@@ -127,11 +128,11 @@ def main() -> None:
     owner = np.array([item.creator for item in subject.truth.items])
     totals = {name: np.stack([each[:, owner == g].sum(1) for g in exact]) for name, each in scores.items()}
     gained, names = gain(subject)[:, None], list(exact)
-    ends, points = (creators(scores[name], owner, names) for name in ("two-length", "two-point"))
-    for along in ("path", "trapezoidal", "parabola", "Simpson"):
+    ends, steps = (creators(scores[name], owner, names) for name in ("two-length", "two-point"))
+    for along in ("path", "trapezoidal", "parabola", "two points"):
         name = "whole way" if along == "path" else f"whole, {along}"
         totals[name] = whole_way(ends, creators(scores[along], owner, names), gained).totals.T
-    totals["whole, two-point"] = whole_way(points, creators(scores["path"], owner, names), gained).totals.T
+    totals["whole, two-point"] = whole_way(steps, creators(scores["path"], owner, names), gained).totals.T
     text = [f"{' / '.join(dict.fromkeys(kinds))}", "", "| totals | Pearson | total variation | slope | LDS ×100 | "
             "sum, gain (r) |", "|---|---|---|---|---|---|"]  # fmt: skip
     for name, predicted in totals.items():

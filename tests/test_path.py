@@ -108,8 +108,8 @@ def test_scores_are_those_of_the_mean_of_the_features_along_the_way(world):
     dots = [influence.attribute(picture, world / s, method="grad-dot", k=None, draws=DRAWS) for s in ("s", "of_base")]
     ids, phi, psi = stacked(world / "s")
     _, phi0, _ = stacked(world / "of_base")
-    _, phi_late, _ = stacked(world / "s", "late")
-    mean = (phi0 + 2 * phi_late) / 3
+    _, phi_middle, _ = stacked(world / "s", "middle")
+    mean = (phi0 + 4 * phi_middle + phi) / 6
     h = psi.T @ psi / len(psi)
     h += 2 * 0.3 * np.trace(h) / 64 * np.eye(64)
     # grad-dot has rank 7 of 64: compare on the span, through features taken by the same call
@@ -119,13 +119,13 @@ def test_scores_are_those_of_the_mean_of_the_features_along_the_way(world):
     )
     base = waypoints.load_base(store.source, loaded.denoiser, None, "cpu")
     silent = influence.progress.silent
-    points = {family: waypoints.model_of(family, store.source, loaded, before=base) for family in ("base", "late")}
+    points = {family: waypoints.model_of(family, store.source, loaded, before=base) for family in ("base", "middle")}
     asked = influence.queries.read_queries(loaded, "loss", [picture], [None], silent, silent, base, points)
-    under_base, late = (asked.beside[family][0] for family in points)
+    under_base, middle = (asked.beside[family][0] for family in points)
     for found, q, rows in zip(dots, (asked.phi, under_base), (phi, phi0), strict=True):
         by_item = found.set_index("item_id")["score"]
         np.testing.assert_allclose([by_item[i] for i in ids], rows @ q[0].astype(float), rtol=1e-4)
-    q = (under_base[0].astype(float) + 2 * late[0]) / 3
+    q = (under_base[0].astype(float) + 4 * middle[0] + asked.phi[0]) / 6
     expected = mean @ np.linalg.solve(h, q) / 7
     by_item = table.set_index("item_id")["score"]
     np.testing.assert_allclose([by_item[i] for i in ids], expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
@@ -133,10 +133,10 @@ def test_scores_are_those_of_the_mean_of_the_features_along_the_way(world):
     assert (table["score_low"] <= table["score"]).all() and (table["score"] <= table["score_high"]).all()
 
 
-def test_the_weights_along_the_way_integrate_what_changes_evenly():
+def test_the_weights_along_the_way_integrate_cubics():
     weights = influence.METHODS["path"].along
-    at = {"base": 0.0, "late": waypoints.LATE}
-    for power in range(2):
+    at = {"base": 0.0, "middle": waypoints.MIDDLE, "loss": 1.0}
+    for power in range(4):
         assert sum(w * at[family] ** power for family, w in weights.items()) == pytest.approx(1 / (power + 1))
 
 
