@@ -29,7 +29,7 @@ def density(
 
     Args:
         network: Called as `network(x_t, t, cond)`.
-        recipe: How features are taken; a projection of a thousand entries is enough.
+        recipe: How features are taken.
         item_ids: Identity of each image; its draws here are others than those of its features.
         x0: Clean images or latents, on the network's device.
         cond: Encoded captions, or `None`.
