@@ -135,7 +135,8 @@ def build(
         held = COPIES * shard_bytes(loaded, options, data, curvature_budget(options, data, curvature_rows)[1])
         held += waypoint_bytes(source, denoiser)
         loaded, options = within_memory(loaded, options, memory, held, message, workers)
-    if not (Path(store) / "store.json").exists() and curvature_budget(options, data, curvature_rows)[1]:
+    new, wanted = not (Path(store) / "store.json").exists(), curvature_budget(options, data, curvature_rows)[1] > 0
+    if new and wanted and options.scales is not None:  # in the plain metric nothing is measured on the data set
         source["curvature_density"] = _density(loaded, pilots(options, data))
     made = _open_or_create(Path(store), loaded, options, data, curvature_rows, source)
     run_shards(made, "loss", loaded, options, data, workers, progress, message)

@@ -137,9 +137,9 @@ def plan(
         work()  # … and the second is the price
         per_row = (time.perf_counter() - start) / (shape[1] * shape[2])
         seconds += per_row * sum(count for s, count in rows.items() if s[0] == num_probes)
-        if num_probes:
+        if num_probes and metric == "adamw":
             seconds += per_row * len(pipeline.pilots(chosen, data)) * chosen.draws
-        elif metric == "adamw" or pipeline.own_recipe(chosen, recipe_file) is not None:
+        if not num_probes and (metric == "adamw" or pipeline.own_recipe(chosen, recipe_file) is not None):
             points = 3 if base_is_known(source) else 1
             seconds += per_row * points * horizon.BATCHES * horizon.ROWS  # about: a plain pass, without features
     return {

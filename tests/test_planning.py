@@ -58,8 +58,8 @@ def test_disk_and_memory_are_within_a_fifth_of_what_then_happens(world, tmp_path
     assert (planned["images"], planned["curvature_rows"]) == (rows, psi_rows)
 
 
-@pytest.mark.parametrize("base", [None, "base"])
-def test_every_forward_of_the_build_is_counted(world, tmp_path, monkeypatch, base):
+@pytest.mark.parametrize(("base", "metric"), [(None, "adamw"), ("base", "adamw"), (None, "plain")])
+def test_every_forward_of_the_build_is_counted(world, tmp_path, monkeypatch, base, metric):
     """One second for each row of a forward, one more for each curvature row: the plan must add up to the same."""
     clock, taken = [0.0], []
 
@@ -71,12 +71,13 @@ def test_every_forward_of_the_build_is_counted(world, tmp_path, monkeypatch, bas
     real = features.forward
     monkeypatch.setattr(features, "forward", forward)
     monkeypatch.setattr("influence.planning.time.perf_counter", lambda: clock[0])
-    options = {"model": world / "ddpm", "controls": world / "controls", **OPTIONS}
+    options = {"model": world / "ddpm", "controls": world / "controls", "metric": metric, **OPTIONS}
     options |= {} if base is None else {"base": world / base}
     planned = influence.plan(world / "data", **options)
     taken.clear()
     made = influence.build(world / "data", store=tmp_path / "s", **options)
-    points = 1 if base is None else 3  # of the way, at which the metric is measured by plain passes
+    points = 0 if metric == "plain" else 1 if base is None else 3  # of the way, where the metric is measured
+    assert ("curvature_density" in made.source) == (metric == "adamw")
     assert planned["seconds"] == pytest.approx(sum(taken) + points * horizon.BATCHES * horizon.ROWS)
     assert (planned["images"], planned["controls"]) == (20, 10) == (len(made.items), len(made.controls().items))
     disk = sum(p.stat().st_size for p in (tmp_path / "s").rglob("*") if p.is_file())
