@@ -76,14 +76,13 @@ def _shard_work(made: Store, family: str, loaded: Loaded, data: datasets.Dataset
         advice="Use the model that the store was made with, or another --store folder.",
     )
     rate = made.build["curvature_rate"] if family == "loss" else 0.0
-    density = made.source.get("curvature_density")
     output = "square" if family == "square" else "loss"
     recipe = replace(
         loaded.recipe,
         output=output,
         num_draws=made.build["draws"],
         curvature_rate=rate,
-        density=None if density is None else tuple(density),
+        density=made.source.get("curvature_density"),
     )
     by_id = {item.item_id: item for item in data.items}
 

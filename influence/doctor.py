@@ -145,13 +145,12 @@ def _train_features(
     loaded: Loaded, store: Store, items: Sequence[datasets.Item], *, seed: int | None = None, batch_size: int = 64
 ) -> Features:
     """Features of training images, as a build takes them or from draws of another seed."""
-    density = store.source.get("curvature_density")
     recipe = replace(
         loaded.recipe,
         role="train",
         num_draws=store.build["draws"],
         curvature_rate=store.build["curvature_rate"],
-        density=None if density is None else tuple(density),
+        density=store.source.get("curvature_density"),
         seed=store.spec.seed if seed is None else seed,
         batch_size=batch_size,
     )

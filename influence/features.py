@@ -39,7 +39,7 @@ class Recipe:
     engine: str
     batch_size: int
     """Rows (image, draw) in one forward."""
-    density: tuple[float, ...] | None = None
+    density: Sequence[float] | None = None
     """How often each of the S draws gives a curvature row, in proportion (`allocation`); `None`: all equally often."""
 
 
