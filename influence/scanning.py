@@ -141,12 +141,14 @@ def preconditioned(
 ) -> tuple[Float64[torch.Tensor, "query k"], Float64[torch.Tensor, "batches query k"]]:
     """V, and V with one batch of the query's draws in place of all, by one solve; no batches without intervals."""
     phi, batches = torch.from_numpy(asked.phi), torch.from_numpy(asked.phi_batch).transpose(0, 1)
-    rows = torch.cat([phi[None], batches if intervals else batches[:0]])
+    if not intervals:
+        batches = batches[:0]
     if method.cosine:
         v = scoring.precondition(method, phi, factored, num_train)
-        return v, rows[1:].double() / phi.double().norm(dim=1)[:, None]
+        return v, batches.double() / phi.double().norm(dim=1)[:, None]
+    rows = batches if len(batches) else phi[None]  # φ is the mean of its batches, and v is linear in it
     found = scoring.precondition(method, rows.flatten(0, 1), factored, num_train).unflatten(0, rows.shape[:2])
-    return found[0], found[1:]
+    return found.mean(0), found if len(batches) else found[:0]
 
 
 def with_errors(

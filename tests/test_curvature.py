@@ -35,6 +35,17 @@ def test_many_rows_are_taken_in_blocks(monkeypatch):
     torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6 * float(whole.abs().max()))
 
 
+def test_a_solve_of_many_columns_is_as_exact_as_float64():
+    g = np.random.default_rng(0)
+    psi = g.standard_normal((300, 20_000)).astype(np.float32)
+    made = curvature.curvature([(psi, np.ones(300))], dim=20_000, damping=1.0, num_rows=300)
+    m = psi.astype(float) @ psi.T.astype(float) + made.rows * made.damping * np.eye(300)
+    v = psi[:4].astype(float)
+    expected = (v - np.linalg.solve(m, psi.astype(float) @ v.T).T @ psi.astype(float)) / made.damping @ psi.T
+    found = curvature.solve(made, torch.from_numpy(psi[:4])).numpy() @ psi.T
+    assert np.abs(found - expected).max() <= 5e-6 * np.abs(expected).max()  # 2e-5 with a solve that takes no blocks
+
+
 def test_a_weight_of_two_equals_the_row_twice():
     psi, v = rows(9, 4), torch.from_numpy(rows(2, 4, seed=1))
     twice = np.concatenate([psi, psi[:1]])

@@ -260,11 +260,15 @@ def test_every_method_ranks_all_images_and_totals_are_signed_sums_over_all(world
     queries = [world / "data" / "001.png", world / "data" / "002.png"]
     table = influence.attribute(queries, built, k=None, method=method, draws=4)
     top = influence.attribute(queries, built, k=2, method=method, draws=4)
+    plain = influence.attribute(queries, built, k=None, method=method, draws=4, intervals=False)
     assert list(table.columns)[:7] == ["query", "rank", "item_id", "file_name", "creator", "caption", "score"]
     for query in map(str, queries):
         rows = table[table["query"] == query]
         assert rows["rank"].tolist() == list(range(1, 11))
         assert rows["score"].is_monotonic_decreasing
+        assert rows["score_se"].notna().all() and plain["score_se"].isna().all()
+        both = rows.merge(plain[plain["query"] == query], on="item_id")  # v is then a mean over batches, in float32
+        np.testing.assert_allclose(both["score_x"], both["score_y"], atol=1e-4 * rows["score"].abs().max())
         for attrs in (table.attrs, top.attrs):
             totals = {e["creator"]: e["total"] for e in attrs["creators"] if e["query"] == query}
             for creator, total in rows.groupby("creator")["score_adj"].sum().items():
