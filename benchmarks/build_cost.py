@@ -3,9 +3,10 @@
 Prints, for a full UNet2DModel and for a LoRA on a UNet2DConditionModel, the ratio of the time of one batch of features
 (φ of the images and a curvature row for every draw, projected) to the plain batched forward and two backwards that
 accumulate the same parameters' gradients. Rounds are interleaved; medians and quartiles of process time on one thread
-of a CPU, of elapsed time on a GPU. `build` is the whole of `features`, a quarter of four batches, with the noise and
-probes that the host makes for each row. `--width` multiplies the channels of the networks: one that fills a GPU is
-wider. `--bf16` adds the same in bfloat16, and how much faster it makes either.
+of a CPU, of elapsed time on a GPU. `build` is the whole of `features` for as many rows, as a build calls it by default
+for a small shard: 8 images, 40 draws of each in 8 batches, curvature rows divided among them, and the noise and probes
+that the host makes. `--width` multiplies the channels of the networks: one that fills a GPU is wider. `--bf16` adds the
+same in bfloat16, and how much faster it makes either.
 
     python benchmarks/build_cost.py
     python benchmarks/build_cost.py --device cuda --width 4 --rows 256 --bf16
@@ -29,7 +30,8 @@ from influence.projection import countsketch
 
 SCHEDULE = NoiseSchedule(tuple(np.linspace(0.999, 0.01, 1000).tolist()), "epsilon", "uniform")
 SIZE, DRAWS = 32, 8
-DENSITY = (2.8, 1.7, 1.2, 0.9, 0.7, 0.5, 0.3, 0.2)  # how often draws give curvature rows, much as on our ground truths
+IMAGES, DRAWS_BUILD = 8, 40
+DENSITY = np.repeat((2.8, 1.7, 1.2, 0.9, 0.7, 0.5, 0.3, 0.2), 5)  # of curvature rows, much as on our ground truths
 
 
 class Called(nn.Module):
@@ -97,13 +99,12 @@ def measure(name: str, rows: int, dim: int, rounds: int, device: torch.device, w
     shapes = {n: tuple(p.shape) for n, p in parameters.items()}
     sketch = countsketch(shapes, dim=dim, seed=0, device=device)
     recipe = Recipe(
-        schedule=SCHEDULE, parameters=parameters, projection=sketch, seed=0, role="train", num_draws=DRAWS,
-        curvature_rate=float(DRAWS), output="loss", bf16=False, engine="hooks", batch_size=rows,
-        density=DENSITY,
+        schedule=SCHEDULE, parameters=parameters, projection=sketch, seed=0, role="train",
+        num_draws=DRAWS_BUILD, curvature_rate=float(DRAWS_BUILD), output="loss", bf16=False, engine="hooks",
+        batch_size=rows, density=tuple(DENSITY),
     )  # fmt: skip
-    ids = [str(i) for i in range(4 * rows // DRAWS)]
-    images = x0[: rows // DRAWS].repeat(4, 1, 1, 1)
-    captions = None if cond is None else cond[: rows // DRAWS].repeat(4, 1, 1)
+    ids = [str(i) for i in range(IMAGES)]
+    captions = None if cond is None else cond[:IMAGES]
 
     def by_default(bf16: bool = False) -> None:
         for parameter in parameters.values():
@@ -122,7 +123,7 @@ def measure(name: str, rows: int, dim: int, rounds: int, device: torch.device, w
         gradients.per_sample_gradients(network, parameters, inputs, outputs, sketch, engine=which, bf16=bf16)
 
     def build() -> None:
-        features.features(network, recipe, ids, images, captions)
+        features.features(network, recipe, ids, x0[:IMAGES], captions)
 
     def sketch_alone() -> None:
         out = torch.zeros(rows, dim, device=device)
@@ -149,7 +150,7 @@ def measure(name: str, rows: int, dim: int, rounds: int, device: torch.device, w
             start = clock(device)
             run()
             if i:  # the first round warms up
-                times[job].append((clock(device) - start) / (4 if job == "build" else 1))
+                times[job].append((clock(device) - start) * (rows / (IMAGES * DRAWS_BUILD) if job == "build" else 1))
     size = sum(p.numel() for p in parameters.values())
     print(f"{name}: {size:,} parameters, {rows} rows, {DRAWS} draws an image, k = {dim}, {device}", flush=True)
     print(f"  plain: {np.median(times['plain']) / rows * 1000:.2f} ms a row", flush=True)
