@@ -77,20 +77,21 @@ def _mean_squares(denoiser: Denoiser, batches: Batches, batch_size: int, seed: i
     return {name: value.div_(count) for name, value in total.items()}
 
 
-_FLOOR = 1e-3
+FLOOR = 1e-3
+"""No D is taken below this part of that of the plain metric."""
 
 
 def tensor_scales(v: Mapping[str, Tensor]) -> dict[str, float]:
     """W = D^(−1/2) of each parameter, by name.
 
-    No D is taken below a thousandth of that of the plain metric: gradients which are so small are rounding, as those of
+    No D is taken below `FLOOR` of that of the plain metric: gradients which are so small are rounding, as those of
     a key's bias, which a softmax ignores, and AdamW's ε bounds what they do. W is rounded to eighths of a power of two,
     so that two builders at once come to the same on any two processors.
 
     Raises:
         GradientError: No parameter has a gradient.
     """
-    least = _FLOOR * mean_along_gradients(v)
+    least = FLOOR * mean_along_gradients(v)
     sums = {name: _sums(value) for name, value in v.items()}
     d = {name: max(weighted / first if first > 0 else 0.0, least) for name, (weighted, first) in sums.items()}
     return {name: 2.0 ** (round(-4 * math.log2(value)) / 8) for name, value in d.items()}

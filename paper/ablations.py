@@ -25,6 +25,7 @@ from comparison import (
     Subject,
     at_end,
     curvature_rows,
+    half_as_long,
     halves,
     inverses,
     products,
@@ -36,7 +37,8 @@ from ground_truth import PAPER
 from influence import diffusion, finetuning, keys, metrics
 from influence.curvature import Curvature, curvature, solve
 from influence.gradients import Inputs, Output
-from influence.horizon import mean_along_gradients
+from influence.horizon import FLOOR, mean_along_gradients
+from influence.projection import Projection
 
 Line = tuple[str, str, np.ndarray]
 CHECKPOINTS = (0.5, 0.75)
@@ -101,6 +103,33 @@ def plain(subject: Subject) -> np.ndarray:
     psi = np.load(subject.folder / "plain-psi.npy", mmap_mode="r")
     lam = mean_along_gradients(subject.second_moments()) * subject.lam
     return scores(subject.mean_phi(subject.query, "loss"), np.asarray(train), inverse(psi, lam))
+
+
+def by_entry(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of `gauss-newton`, and of `two-length` as built, in a metric that has a D for each entry: D = √v."""
+    v = subject.second_moments()
+    least = FLOOR * mean_along_gradients(v)
+    weights = {name: value.sqrt().clamp(min=least).rsqrt().flatten() for name, value in v.items()}
+    metric = Projection(DIM, lambda out, name, grads: subject.sketch.add(out, name, grads * weights[name]))
+
+    def rows() -> np.ndarray:
+        return subject.phi(subject.train, "loss", 0, metric, float(DRAWS), "entry-psi", subject.density(metric))
+
+    train = np.asarray(subject.kept("entry-train", rows))
+    asked = replace(subject.query, draws=2 * subject.query.draws)
+    query = np.asarray(subject.kept("entry-query", lambda: subject.phi(asked, "loss", 0, metric)))
+    with half_as_long(subject):
+        half = [
+            np.asarray(
+                subject.kept(f"entry-length-{side.role}", lambda side=side: subject.phi(side, "loss", 4, metric))
+            )
+            for side in (asked, subject.train)
+        ]
+    psi = np.load(subject.folder / "entry-psi.npy")
+    gram = products(psi)
+    one = scores(query, train, inverse(psi, subject.lam, gram))
+    twice = inverse(psi, 2 * subject.lam, gram)
+    return one, scores(query, train, twice) + scores(*half, twice)
 
 
 def end_query(subject: Subject, factored: Curvature) -> np.ndarray:
@@ -187,6 +216,7 @@ def lines(subject: Subject, masks: np.ndarray) -> Iterator[Line]:
     train, item = np.asarray(train), np.repeat(np.arange(n), draws)
     query = [np.asarray(at_end(subject, seed)) for seed in (0, 1)]
     mean, lam = (query[0] + query[1]) / 2, subject.lam
+    entry, entry_two_lengths = by_entry(subject)
     in_plain = plain(subject)  # before anything else is factored: each factor and its rows are some GB
     psi = np.asarray(psi)
     gram = products(psi)
@@ -209,6 +239,8 @@ def lines(subject: Subject, masks: np.ndarray) -> Iterator[Line]:
     yield "way", "two steps, the query's gradient of the end in both", end_query(subject, twice)
     del twice
     yield "metric", "plain, with a λ of its own", in_plain
+    yield "metric", "a D for each entry", entry
+    yield "metric", "a D for each entry, two lengths as built", entry_two_lengths
     for dim in (DIM // 2, DIM // 4, DIM // 8):
         yield "k", str(dim), scores(folded(mean, dim), folded(train, dim), inverse(folded(psi, dim), lam))
     for every in (2, 4, 10, 40):
