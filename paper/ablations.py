@@ -25,12 +25,12 @@ from comparison import (
     Subject,
     at_end,
     curvature_rows,
-    half_as_long,
     halves,
     inverses,
     products,
     two_lengths_as_built,
     two_points,
+    under_half,
 )
 from ground_truth import PAPER
 
@@ -118,13 +118,7 @@ def by_entry(subject: Subject) -> tuple[np.ndarray, np.ndarray]:
     train = np.asarray(subject.kept("entry-train", rows))
     asked = replace(subject.query, draws=2 * subject.query.draws)
     query = np.asarray(subject.kept("entry-query", lambda: subject.phi(asked, "loss", 0, metric)))
-    with half_as_long(subject):
-        half = [
-            np.asarray(
-                subject.kept(f"entry-length-{side.role}", lambda side=side: subject.phi(side, "loss", 4, metric))
-            )
-            for side in (asked, subject.train)
-        ]
+    half = under_half(subject, asked.draws, subject.train.draws, "entry", metric)
     psi = np.load(subject.folder / "entry-psi.npy")
     gram = products(psi)
     one = scores(query, train, inverse(psi, subject.lam, gram))

@@ -305,15 +305,18 @@ def two_points(subject: Subject) -> list[np.ndarray]:
     return [at_end(subject, 0), end, *late(subject, 1)]
 
 
-def under_half(subject: Subject, query_draws: int, draws: int, projection: str = "metric") -> list[np.ndarray]:
-    """φ of queries and images under the fine-tune of half the length."""
+def under_half(
+    subject: Subject, query_draws: int, draws: int, name: str = "metric", projection: Projection | None = None
+) -> list[np.ndarray]:
+    """φ of queries and images under the fine-tune of half the length, in the metric or in a projection of that name."""
+    projection = subject.metric if projection is None else projection
     sides = (replace(subject.query, draws=query_draws), replace(subject.train, draws=draws))
-    names = [f"{projection}-length-{side.role}-{side.draws}" for side in sides]
+    names = [f"{name}-length-{side.role}-{side.draws}" for side in sides]
     if not all((subject.folder / f"{name}.npy").exists() for name in names):
         with half_as_long(subject):
-            for name, side in zip(names, sides, strict=True):
-                subject.kept(name, lambda s=side: subject.phi(s, "loss", 4, getattr(subject, projection)))
-    return [np.load(subject.folder / f"{name}.npy") for name in names]
+            for file, side in zip(names, sides, strict=True):
+                subject.kept(file, lambda s=side: subject.phi(s, "loss", 4, projection))
+    return [np.load(subject.folder / f"{file}.npy") for file in names]
 
 
 def two_lengths(subject: Subject) -> list[np.ndarray]:
@@ -369,7 +372,7 @@ def trak(subject: Subject) -> dict[float, Scores]:
 def trak_two_lengths(subject: Subject) -> dict[float, Scores]:
     """The mean of TRAK's scores under the fine-tune and that of half the length; 40 draws and 128 under each."""
     end = preconditioned(*(subject.plain_phi(side, "loss", 0) for side in (subject.query, subject.train)))
-    half = preconditioned(*under_half(subject, QUERY_DRAWS, DRAWS, "sketch"))
+    half = preconditioned(*under_half(subject, QUERY_DRAWS, DRAWS, "sketch", subject.sketch))
     return {damping: (tau + half[damping]) / 2 for damping, tau in end.items()}
 
 
