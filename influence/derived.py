@@ -64,11 +64,11 @@ def solver(made: Store, method: Method, damping: float | None) -> Curvature:
 
     kept = made.read_derived(name)
     if kept is not None:
-        factor, facts = torch.from_numpy(kept["factor"]), kept["facts"]
+        factor, (lam, total, unit) = torch.from_numpy(kept["factor"]), map(float, kept["facts"])
         psi = None
         if len(factor) != made.spec.dim or num_rows < made.spec.dim:
-            psi = curvatures.stack(rows())
-        found = Curvature(factor, *(float(fact) for fact in facts), psi)
+            psi = curvatures.stack(rows(), rows=total, damping=lam)
+        found = Curvature(factor, lam, total, unit, psi)
         _LAST[made] = name, found
         return found
     made_now = curvatures.curvature(rows(), dim=made.spec.dim, damping=value, num_rows=num_rows, absolute=absolute)

@@ -70,7 +70,7 @@ def test_no_rows_and_zero_rows_are_refused():
 def test_a_kept_factor_serves_the_dual_again():
     psi, v = rows(5, 9), torch.from_numpy(rows(2, 9, seed=1))
     made = curvature.curvature([(psi, np.ones(5))], dim=9, damping=0.1, num_rows=5)
-    again = curvature.Curvature(made.factor, made.damping, made.rows, made.unit, curvature.stack([(psi, np.ones(5))]))
+    again = curvature.Curvature(made.factor, made.damping, made.rows, made.unit, curvature.stack([(psi, np.ones(5))], rows=made.rows, damping=made.damping))
     torch.testing.assert_close(curvature.solve(again, v), curvature.solve(made, v))
 
 
@@ -91,3 +91,17 @@ def test_the_dual_takes_its_columns_in_blocks(monkeypatch):
     monkeypatch.setattr(curvature, "_BLOCK", 7)
     made = curvature.curvature([(psi, w)], dim=50, damping=0.1, num_rows=5)
     torch.testing.assert_close((curvature.solve(made, v), curvature.quadratic(made, v)), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("damping", [0.1, 0.001])
+def test_few_rows_that_have_much_in_common_are_solved_for_as_exactly_as_many(damping, kept):
+    g = np.random.default_rng(0)
+    psi = (g.standard_normal((40, 1000)) + 3 * g.standard_normal(1000)).astype(np.float32)
+    made = curvature.curvature([(psi, np.ones(40))], dim=1000, damping=damping, num_rows=40)
+    if kept:
+        again = curvature.stack([(psi, np.ones(40))], rows=made.rows, damping=made.damping)
+        made = curvature.Curvature(made.factor, made.damping, made.rows, made.unit, again)
+    expected = damped_inverse_times(psi, np.ones(40), damping, psi[:3]) @ psi.T
+    found = curvature.solve(made, torch.from_numpy(psi[:3])).numpy() @ psi.T
+    assert np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max()  # float32 has 1e-4 and 1e-2
