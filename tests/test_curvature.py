@@ -70,7 +70,13 @@ def test_no_rows_and_zero_rows_are_refused():
 def test_a_kept_factor_serves_the_dual_again():
     psi, v = rows(5, 9), torch.from_numpy(rows(2, 9, seed=1))
     made = curvature.curvature([(psi, np.ones(5))], dim=9, damping=0.1, num_rows=5)
-    again = curvature.Curvature(made.factor, made.damping, made.rows, made.unit, curvature.stack([(psi, np.ones(5))], rows=made.rows, damping=made.damping))
+    again = curvature.Curvature(
+        made.factor,
+        made.damping,
+        made.rows,
+        made.unit,
+        curvature.stack([(psi, np.ones(5))], rows=made.rows, damping=made.damping),
+    )
     torch.testing.assert_close(curvature.solve(again, v), curvature.solve(made, v))
 
 
