@@ -149,6 +149,7 @@ def export(
 @click.option("--dataset", type=click.Path(path_type=Path), help="Where the data set is now, if it was moved.")
 @click.option("--model", type=click.Path(path_type=Path), help="Where the model is now, if it was moved.")
 @click.option("--lora", type=click.Path(path_type=Path), help="Where the LoRA is now, if it was moved.")
+@click.option("--device", help="cpu, cuda, cuda:1 …  [default: the same as then]")
 def replay(run: Path, out: Path, **changes: Any) -> None:
     """Make an export again from its run.json, in the folder it was made in, and compare the tables byte by byte.
 

@@ -244,10 +244,15 @@ def attribute(
     """  # noqa: D301
     if output is not None and output.suffix not in _WRITERS:
         raise click.UsageError(f"--output ends in {output.suffix!r}; expected one of {', '.join(_WRITERS)}")
+    if output is not None and not output.parent.is_dir():
+        raise click.UsageError(f"--output is {output}, and {output.parent} is no folder; make it first")
     with progress() as show:
         table = influence.attribute(images, store, k=k or None, progress=show, message=say, **options)
     if output is not None:
-        output.write_bytes(_WRITERS[output.suffix](table))
+        try:
+            output.write_bytes(_WRITERS[output.suffix](table))
+        except OSError as error:
+            raise click.ClickException(f"{output} cannot be written: {error.strerror}") from None
     if as_json:
         click.echo(json.dumps(_nested(table), ensure_ascii=False, indent=2))
         return
@@ -265,7 +270,7 @@ def _nested(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 _WRITERS: dict[str, Callable[[pd.DataFrame], bytes]] = {
-    ".csv": lambda table: table.to_csv(index=False, lineterminator="\n").encode(),
+    ".csv": influence.csv_bytes,
     ".parquet": lambda table: table.to_parquet(index=False),
     ".json": lambda table: json.dumps(_nested(table), ensure_ascii=False, indent=2).encode(),
 }

@@ -54,7 +54,7 @@ compute = options_of(
     click.option("--engine", type=click.Choice(["auto", *influence.ENGINES]), default="auto", show_default=True,
                  help="How gradients are taken; auto: hooks where they cover every parameter."),
     click.option("--batch-size", type=int, default=influence.DEFAULT_BATCH, show_default=True,
-                 help="Rows (image, draw) in one forward; changes speed and memory, never values."),
+                 help="Rows (image, draw) in one forward; changes speed and memory; values by rounding."),
     click.option("--memory", metavar="SIZE", help="Choose --batch-size so that a process stays within 8GiB, say."),
     click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …"),
 )  # fmt: skip

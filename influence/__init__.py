@@ -37,6 +37,7 @@ from influence.retraining import Query, Run, Truth
 from influence.royalties import ESTIMATORS
 from influence.scoring import METHODS
 from influence.spec import FeatureSpec
+from influence.spreadsheet import csv_bytes
 from influence.store import Store, exclude, open_store
 from influence.tables import FORMATS
 from influence.verdicts import VERDICTS
@@ -48,6 +49,7 @@ __all__ = [  # noqa: RUF022 - grouped by what they are
     "answer",
     "attribute",
     "build",
+    "csv_bytes",
     "default_method",
     "demo",
     "doctor",

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float64
 from scipy import stats
 
-from influence import nearcopies, royalties, significance, similarity, verdicts
+from influence import datasets, nearcopies, royalties, significance, similarity, verdicts
 from influence.attribution import Stores, listed, score
 from influence.errors import OptionError
 from influence.evaluation import kept_shapley
@@ -110,6 +110,8 @@ def answer(
         raise OptionError(f"{found}; expected a finite one from 0 up for each, not all 0")
     if len(set(paths)) < len(paths):
         raise OptionError("a picture is given twice; give it once, with a usage of 2")
+    if pool is not None:
+        royalties.require_money(pool, currency)
     clusters = nearcopies.duplicate_clusters(listed(store)[0], dataset=dataset, progress=progress)
     scored = score(
         paths, store, k=k, method=method, damping=damping, draws=draws, prompt=prompt, intervals=True, model=model,
@@ -148,14 +150,16 @@ def of_scored(
     for again, path in zip(pd.Series(scored.queries.item_ids).duplicated(), paths, strict=True):
         if again:
             raise OptionError(f"{path} is the same picture as one before it; give it once, with a usage of 2")
+    denoiser = scored.loaded.denoiser
     copies = nearcopies.near_copies(
-        paths, scored.store, embedding=embedding, dataset=dataset, denoiser=scored.loaded.denoiser, message=message
-    )
+        paths, scored.store, metrics=nearcopies.metrics_of(denoiser), embedding=embedding, dataset=dataset,
+        denoiser=denoiser, message=message,
+    )  # fmt: skip
     looks = _looks(paths, scored, dataset)
     made = [_verdict(scored, q, copies[copies["query"] == path]) for q, path in enumerate(paths)]
     ids = contributor_ids(scored.creators.names)
-    shares = _shares(scored, made, looks, truth, weights, ids, pool, currency)
-    queries = _queries(scored, made, copies, shares)
+    shares = _shares(scored, made, looks, clusters, truth, weights, ids, pool, currency)
+    queries, recipe = _queries(scored, made, copies, shares), scored.loaded.recipe
     return Answers(
         queries=queries,
         attributions=_attributions(scored, looks, clusters, ids),
@@ -167,15 +171,19 @@ def of_scored(
         facts={
             name: scored.table.attrs[name] for name in ("method", "formula", "damping", "draws", "controls", "models")
         }
-        | {"usage": weights.tolist(), "totals": "sums of scores" if scored.whole is None else "whole way"},
+        | {"usage": weights.tolist(), "totals": "sums of scores" if scored.whole is None else "whole way"}
+        | {"engine": recipe.engine, "batch_size": recipe.batch_size, "device": scored.loaded.device},
     )  # fmt: skip
 
 
 def contributor_ids(names: Sequence[str]) -> dict[str, str]:
-    """An ASCII identifier of each creator, of the name alone: readable letters and a hash."""
+    """An ASCII identifier of each creator, of the name alone: readable letters and a hash.
+
+    None begins with an underscore but that of works whose creator is not known, as rows that are no creator have.
+    """
     found = {}
     for name in names:
-        if name.startswith("_"):  # reserved: no creator is known
+        if name == datasets.UNKNOWN_CREATOR:
             found[name] = name
             continue
         plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
@@ -196,12 +204,15 @@ def _looks(paths: Sequence[str], scored: Scored, dataset: str | os.PathLike[str]
     return pd.DataFrame(found.T, index=[item.item_id for item in items])
 
 
-def _similarity_evidence(scored: Scored, looks: pd.Series) -> np.ndarray:
-    """How much more than usual the works of each creator look like the query."""
+def _similarity_evidence(
+    items: pd.DataFrame, names: Sequence[str], looks: pd.Series, clusters: Mapping[str, str]
+) -> np.ndarray:
+    """How much more than usual the works of each creator look like the query; near duplicates are one work."""
     beyond = (looks - looks.quantile(_LIKENESS)).clip(lower=0)
-    items = scored.store.items
-    sums = items.assign(beyond=items["item_id"].map(beyond)).groupby("creator")["beyond"].sum()
-    return sums.reindex(scored.creators.names).fillna(0.0).to_numpy()
+    work = beyond.groupby(beyond.index.map(clusters)).mean()
+    files = items.assign(work=items["item_id"].map(clusters))
+    parts = pd.crosstab(files["work"], files["creator"], normalize="index")
+    return parts.mul(work, axis=0).sum().reindex(names).fillna(0.0).to_numpy()
 
 
 # Verdicts -------------------------------------------------------------------------------------------------------------
@@ -221,7 +232,6 @@ def _verdict(scored: Scored, q: int, copies: pd.DataFrame) -> Verdict:
     row = scored.table.attrs["queries"][q]
     losses, gains = _strangers(scored, q)
     creators = [entry["q_value"] for entry in scored.table.attrs["creators"] if entry["query"] == row["query"]]
-    images = scored.table.loc[scored.table["query"] == row["query"], "q_value"]
     return verdicts.verdict(
         near_copy=bool(copies["near_copy"].any()),
         loss=row["loss_finetuned"],
@@ -230,7 +240,7 @@ def _verdict(scored: Scored, q: int, copies: pd.DataFrame) -> Verdict:
         control_losses=losses,
         control_gains=gains,
         creator_q=np.array(creators),
-        image_q=images.to_numpy(),
+        image_q=float(scored.creators.lowest_q[q]),
     )
 
 
@@ -265,6 +275,7 @@ def _shares(
     scored: Scored,
     made: Sequence[Verdict],
     looks: pd.DataFrame,
+    clusters: Mapping[str, str],
     truth: str | os.PathLike[str] | None,
     usage: np.ndarray,
     ids: Mapping[str, str],
@@ -276,6 +287,7 @@ def _shares(
     way = creators if scored.whole is None else scored.whole
     exact = _shapley_of(scored, truth)
     names = [ids[name] for name in creators.names] + [UNATTRIBUTED, BASE_MODEL]
+    items = scored.store.items
     corpus = np.append(creators.images / creators.images.sum(), [np.nan, np.nan])
     rows: list[pd.DataFrame] = []
     whole: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {}
@@ -287,7 +299,8 @@ def _shares(
         fdr = significance.false_discovery_rates(p)
         variance = _variance(way, q)
         rho = royalties.reliability(way.totals[q], variance)
-        common = {"reliability": rho, "similarity": _similarity_evidence(scored, looks[q]), "shapley": exact.get(q)}
+        alike = _similarity_evidence(items, creators.names, looks[q], clusters)
+        common = {"reliability": rho, "similarity": alike, "shapley": exact.get(q)}
         once = Evidence(creators.images, way.totals[q], fdr[0], **common)
         repeated = Evidence(creators.images, again, fdr[1:], **common)
         for estimator in ESTIMATORS:
@@ -479,10 +492,10 @@ def _items(scored: Scored, clusters: Mapping[str, str], ids: Mapping[str, str]) 
 
 def _contributors(scored: Scored, ids: Mapping[str, str]) -> pd.DataFrame:
     held = pd.Series(scored.controls.creators if scored.controls is not None else [], dtype=object).value_counts()
-    names = scored.creators.names
+    names, files = scored.creators.names, scored.store.items["creator"].value_counts()
     return pd.DataFrame({
         "contributor_id": [*(ids[name] for name in names), UNATTRIBUTED, BASE_MODEL],
         "name": [*names, UNATTRIBUTED, BASE_MODEL],
-        "n_works": [*scored.creators.images.astype(int), 0, 0],
+        "n_works": [*(int(files[name]) for name in names), 0, 0],
         "n_heldout": [*(int(held.get(name, 0)) for name in names), 0, 0],
     })  # fmt: skip

@@ -174,6 +174,7 @@ def leverage(
     solved: Float64[Tensor, "images k"],
     psi: Float[Tensor, "rows k"],
     psi_item: Int[Tensor, " rows"],
+    weights: Float64[Tensor, " rows"],
     num_train: float,
     own: Float64[Tensor, " rows"] | None = None,
 ) -> Float64[Tensor, " images"]:
@@ -188,14 +189,14 @@ def leverage(
         h_i = φ_iᵀ H_λ⁻¹ G H_λ⁻¹ φ_i / (N φ_iᵀ H_λ⁻¹ φ_i) = (1/N) mean_r (ψ_rᵀ H_λ⁻¹ φ_i)² / (φ_iᵀ H_λ⁻¹ φ_i),
 
     over the image's own curvature rows, each of which is itself in H and is left out of it: ψ_rᵀ H_λ⁻¹ φ_i is divided
-    by 1 − ψ_rᵀ H_λ⁻¹ ψ_r / R, of which `own` has the second part if it is known (`own_parts`). The score of the image
-    left out is then τ / (1 − h). An image without curvature rows has NaN: the caller gives it the mean. No h is taken
-    above 0.9: an image that the model hangs on is beyond second order.
+    by 1 − w_r ψ_rᵀ H_λ⁻¹ ψ_r / R, of which `own` has the second part if it is known (`own_parts`), `weights` w_r. The
+    score of the image left out is then τ / (1 − h). An image without curvature rows has NaN: the caller gives it the
+    mean. No h is taken above 0.9: an image that the model hangs on is beyond second order.
 
     Where H is made of the features themselves (TRAK) there is a closed form, φ_iᵀ (ΦᵀΦ + λI)⁻¹ φ_i: `feature_leverage`.
     """
     score = (phi.double() * solved).sum(1)
-    inside = 1 - (quadratic(curvature, psi) / curvature.rows if own is None else own)
+    inside = 1 - (weights * quadratic(curvature, psi) / curvature.rows if own is None else own)
     inside = inside.clamp(min=1 - MAX_LEVERAGE)
     along = ((psi.double() * solved[psi_item]).sum(1) / inside).square()
     count = torch.zeros(len(phi), dtype=torch.float64).index_add_(0, psi_item, torch.ones_like(along))

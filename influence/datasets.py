@@ -50,6 +50,8 @@ class Item:
     licence: str | None
     """Its licence, if the metadata name one."""
     path: Path
+    picture_id: str = ""
+    """Hash of the pixels alone: the same picture with another caption has it, too."""
 
 
 @dataclass(frozen=True)
@@ -257,7 +259,8 @@ def _examine(draft: Item, inside: Path) -> tuple[Item | Refusal, list[str]]:
     except DatasetError as error:
         return Refusal(draft.file_name, str(error)), []
     unknown = [f"no creator given, credited to {UNKNOWN_CREATOR}"] * (draft.creator == UNKNOWN_CREATOR)
-    return replace(draft, item_id=item_id(image, draft.caption)), notes + unknown
+    ids = {"item_id": item_id(image, draft.caption), "picture_id": item_id(image, None)}
+    return replace(draft, **ids), notes + unknown
 
 
 def _is_inside(path: Path, inside: Path) -> bool:

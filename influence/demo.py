@@ -15,6 +15,7 @@ from influence import attribution, datasets, figure, finetuning, models, pipelin
 from influence.errors import OptionError
 from influence.finetuning import FineTune
 from influence.progress import Message, Progress, silent
+from influence.spreadsheet import csv_bytes
 
 RECIPE = FineTune(epochs=98, batch_size=32, learning_rate=5e-4, stratified=False)
 GENERATED = 6
@@ -69,7 +70,7 @@ def demo(
 
     with _timed(seconds, "attribute"):
         table = attribution.attribute(queries, store, progress=progress, message=message)
-        table.to_csv(folder / "attributions.csv", index=False, lineterminator="\n")
+        (folder / "attributions.csv").write_bytes(csv_bytes(table))
         figure.draw(table, dataset, folder / "attributions.png")
 
     return {

@@ -19,6 +19,8 @@ DAMPING = 0.1
 """λ in units of tr(H)/k, where nothing is known of the fine-tune's steps."""
 _LAST: weakref.WeakKeyDictionary[Store, tuple[str, Curvature]] = weakref.WeakKeyDictionary()
 """The name and the factor that an open store used last."""
+_VERSION = 2
+"""Of how all this is computed: what an earlier version kept is made again."""
 
 
 def _weights(made: Store) -> pd.Series:
@@ -37,7 +39,13 @@ def _name(made: Store, what: str, method: Method, damping: float | None) -> str:
     """Named by all that it depends on."""
     weights = _weights(made)
     several = sorted(weights[weights > 1].items())  # the others weigh 1 each
-    key = made.family_hash(method.family), method.curvature, repr(_damping(made, method, damping)), repr(several)
+    key = (
+        _VERSION,
+        made.family_hash(method.family),
+        method.curvature,
+        repr(_damping(made, method, damping)),
+        repr(several),
+    )
     return f"{what}-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.safetensors"
 
 
@@ -115,12 +123,11 @@ def leverages(
         solved = curvatures.solve(factored, phi).split([len(content.phi) for content in contents])
         for content, own_solved in zip(contents, solved, strict=True):
             psi, item = torch.tensor(content.psi), torch.tensor(content.psi_item).long()
-            parts = None
-            if own is not None:  # rows of Ψ are those of the shards, in order, multiplied by the root of their weight
-                parts = own[seen : seen + len(psi)] / torch.tensor(weight[content.item_ids].to_numpy())[item]
+            parts = None if own is None else own[seen : seen + len(psi)]  # rows of Ψ are those of the shards, in order
             seen += len(psi)
+            w = torch.tensor(weight[content.item_ids].to_numpy())[item]
             found = curvatures.leverage(
-                factored, torch.tensor(content.phi), own_solved, psi, item, float(groups.files.sum()), parts
+                factored, torch.tensor(content.phi), own_solved, psi, item, w, float(groups.files.sum()), parts
             )
             h[groups.places(content.item_ids)] = found.numpy()
     h = np.where(np.isnan(h), np.nanmean(h), h)  # images without curvature rows

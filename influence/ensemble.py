@@ -56,7 +56,9 @@ def combined(parts: Sequence[Scored], k: int | None) -> Scored:
         .reset_index()
     )
     controls = _controls(parts)
-    creators = _creators([part.creators for part in parts])
+    table = _tested(table, first, controls)
+    lowest = table.groupby("query")["q_value"].min()[first.queries.paths].to_numpy(float)
+    creators = replace(_creators([part.creators for part in parts]), lowest_q=lowest)
     queries = replace(
         first.queries,
         loss=np.mean([part.queries.loss for part in parts], axis=0, dtype=np.float32),
@@ -64,7 +66,7 @@ def combined(parts: Sequence[Scored], k: int | None) -> Scored:
         gain=_mean_or_none([part.queries.gain for part in parts]),
         bits=_mean_or_none([part.queries.bits for part in parts]),
     )
-    table = _ranked(_tested(table, first, controls), first.queries.paths, k)[COLUMNS]
+    table = _ranked(table, first.queries.paths, k)[COLUMNS]
     table.attrs = first.table.attrs | {
         "damping": _mean_or_none([part.table.attrs["damping"] for part in parts]),
         "models": len(parts),
@@ -79,6 +81,8 @@ def combined(parts: Sequence[Scored], k: int | None) -> Scored:
 def _require_same(first: Scored, other: Scored) -> None:
     """Raise unless two stores can be averaged."""
     names = (first.store.path.name, other.store.path.name)
+    if first.store.family_hash("loss") == other.store.family_hash("loss"):
+        raise OptionError(f"stores {names[0]} and {names[1]} have the same features; several must be of several models")
     a, b = (set(zip(part.store.items["item_id"], part.store.items["creator"], strict=True)) for part in (first, other))
     if a ^ b or len(first.table) != len(other.table):
         raise OptionError(

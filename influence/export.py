@@ -23,6 +23,9 @@ from influence.royalties import ESTIMATORS
 
 _OPTIONS = ("k", "method", "damping", "draws", "prompt", "usage", "pool", "currency", "embedding", "dataset", "model",
             "lora", "base", "half")  # fmt: skip
+_KINDS = {"k": (int,), "draws": (int,), "batch_size": (int,), "damping": (int, float), "pool": (str, int, float),
+          "prompt": (str, list), "usage": (list,)}  # fmt: skip
+_COMPUTE = ("engine", "batch_size", "device")  # as they were chosen: they change the last bits of a number
 
 
 def limits(models: int) -> list[str]:
@@ -101,7 +104,7 @@ def export(
         "stores": [str(folder) for folder in folders],
         "truth": None if truth is None else str(truth),
         "format": form,
-        "options": {name: _plain(value) for name, value in wanted.items()},
+        "options": {name: _plain(value) for name, value in wanted.items()} | {n: made.facts[n] for n in _COMPUTE},
         "facts": made.facts,
         "estimators": {name: found.formula for name, found in ESTIMATORS.items()},
         "specs": [made_of.spec.to_json() for made_of in opened],
@@ -141,31 +144,65 @@ def replay(
     Raises:
         InfluenceError: The record cannot be read, or a picture or the store is not what it was.
     """
-    path = Path(run)
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        images, options = record["images"], dict(record["options"])
-        folders, form, written = record["stores"], record["format"], record["tables"]
-        features = list(record["features"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OptionError(f"{path} is no run.json of an export: {type(error).__name__}") from None
-    for image in images:
-        if not Path(image["file"]).is_file() or _sha256(Path(image["file"])) != image["sha256"]:
-            raise OptionError(f"{image['file']} is not the picture that was exported; put it back where it was")
-    folders = changes.pop("store", None) or folders
+    record = _record(Path(run))
+    for file, digest in record.images.items():
+        if not Path(file).is_file() or _sha256(Path(file)) != digest:
+            raise OptionError(f"{file} is not the picture that was exported; put it back where it was")
+    features, written = record.features, record.tables
+    folders = changes.pop("store", None) or record.stores
     folders = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
     if len(folders) != len(features):
         raise OptionError(f"the export was made of {len(features)} stores, and {len(folders)} are given; name them all")
     for folder, known in zip(folders, features, strict=True):
         if stores.open_store(folder).family_hash("loss") != known:
             raise OptionError(f"store {Path(folder).name} has other features than the export was made of")
-    files = [image["file"] for image in images]
-    export(files, folders, out, form=form, truth=record["truth"], progress=progress, message=message,
-           **options | changes)  # fmt: skip
+    export(list(record.images), folders, out, form=record.form, truth=record.truth, progress=progress, message=message,
+           **record.options | changes)  # fmt: skip
     again = json.loads((Path(out) / "run.json").read_text(encoding="utf-8"))
     changed = {name: f"{digest} became {again['tables'][name]}" for name, digest in written.items()
                if again["tables"].get(name) != digest}  # fmt: skip
     return Replayed(Path(out), changed)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What `replay` reads of a run.json."""
+
+    images: dict[str, str]
+    """SHA-256 of each file."""
+    stores: list[str]
+    features: list[str]
+    form: str
+    truth: str | None
+    options: dict[str, Any]
+    tables: dict[str, str]
+
+
+def _record(path: Path) -> _Record:
+    """Read a run.json: a stranger may have written it."""
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+        record = _Record(
+            images={str(image["file"]): str(image["sha256"]) for image in read["images"]},
+            stores=[str(folder) for folder in read["stores"]],
+            features=[str(digest) for digest in read["features"]],
+            form=str(read["format"]),
+            truth=None if read["truth"] is None else str(read["truth"]),
+            options=dict(read["options"]),
+            tables={str(name): str(digest) for name, digest in read["tables"].items()},
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OptionError(f"{path} is no run.json of an export: {type(error).__name__}") from None
+    for name, value in record.options.items():
+        if name not in _OPTIONS and name not in _COMPUTE:
+            raise OptionError(f"{path} has option {name!r}, which export has not; expected {', '.join(_OPTIONS)}")
+        kinds = _KINDS.get(name, (str,))
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise OptionError(f"{path} has {value!r} as option {name}; expected {expected}")
+    if not all(isinstance(weight, (int, float)) for weight in record.options.get("usage", [])):
+        raise OptionError(f"{path} has {record.options['usage']!r} as option usage; expected numbers")
+    return record
 
 
 def _pool(value: Any) -> Decimal | None:

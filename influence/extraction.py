@@ -20,6 +20,7 @@ from influence.loading import load_for
 from influence.models import Denoiser
 from influence.nearcopies import near_copies
 from influence.progress import Message, Progress, silent
+from influence.spreadsheet import csv_bytes
 from influence.store import Store
 
 PER_CAPTION, UNCONDITIONAL = 4, 64
@@ -109,13 +110,12 @@ def extract(
         _generate(denoiser, missing[first : first + batch_size], steps=steps, guidance=guidance, seed=seed)
     progress("pictures", len(wanted), len(wanted))
 
-    latent = tuple(denoiser.sample_shape) != tuple(denoiser.image_size)
     found = near_copies(
-        [one.path for one in wanted], made, metrics=("pixel", "latent") if latent else ("pixel",), dataset=dataset,
+        [one.path for one in wanted], made, metrics=nearcopies.metrics_of(denoiser), dataset=dataset,
         denoiser=denoiser, progress=progress, message=message,
     )  # fmt: skip
     table = _described(found, wanted, seed)
-    commit.write_atomic(folder / TABLE_FILE, table.to_csv(index=False, lineterminator="\n").encode())
+    commit.write_atomic(folder / TABLE_FILE, csv_bytes(table))
     root = Path(made.source["dataset"] if dataset is None else dataset)
     commit.write_atomic(folder / SHEET_FILE, _sheet(table, folder, root))
     return table
@@ -125,13 +125,22 @@ def _begin(folder: Path, run: dict[str, object]) -> None:
     """Make the folder, or make sure that it holds the same run."""
     text = json.dumps(run, ensure_ascii=False, indent=1) + "\n"
     file = folder / RUN_FILE
-    if file.exists():
-        if file.read_text(encoding="utf-8") != text:
+    try:
+        known = file.read_text(encoding="utf-8") if file.exists() else None
+    except (OSError, UnicodeError) as error:
+        raise OptionError(
+            f"{file} cannot be read: {getattr(error, 'strerror', None) or type(error).__name__}"
+        ) from None
+    if known is not None:
+        if known != text:
             raise OptionError(f"{folder} holds another run (see {RUN_FILE}); choose another -o folder, or remove it")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OptionError(f"{folder} exists and is no run of extract; choose another -o folder, or empty it")
-    (folder / PICTURES).mkdir(parents=True, exist_ok=True)
-    commit.write_atomic(file, text.encode())
+    try:
+        (folder / PICTURES).mkdir(parents=True, exist_ok=True)
+        commit.write_atomic(file, text.encode())
+    except OSError as error:
+        raise OptionError(f"{folder} cannot be written: {error.strerror}") from None
 
 
 def _generate(denoiser: Denoiser, wanted: Sequence[_Wanted], *, steps: int, guidance: float | None, seed: int) -> None:

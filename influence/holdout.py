@@ -23,8 +23,8 @@ def hold_out(
 ) -> tuple[int, int]:
     """Copy a data set into two: `train` for the fine-tune, `controls` for `build --controls`.
 
-    Which images are held out is decided by a key of each image alone, so that images that are added later do not move
-    the others; identical files go together. Originals stay as they are.
+    Which images are held out is decided by a key of each picture alone, so that images that are added later do not
+    move the others; files of the same pixels go together, whatever their captions. Originals stay as they are.
 
     Args:
         dataset: Image folder, as for `build`.
@@ -46,8 +46,9 @@ def hold_out(
     if target.exists():
         raise OptionError(f"{target} is there already; choose another folder")
     data = datasets.read_dataset(dataset, creator_column=creator_column)
-    held = {item.item_id: bool(keys.uniform(("holdout", seed, item.item_id), 1)[0] < fraction) for item in data.items}
-    parts = {name: [item for item in data.items if held[item.item_id] == (name == "controls")] for name in PARTS}
+    pictures = {item.picture_id for item in data.items}
+    held = {picture for picture in pictures if keys.uniform(("holdout", seed, picture), 1)[0] < fraction}
+    parts = {name: [i for i in data.items if (i.picture_id in held) == (name == "controls")] for name in PARTS}
     if not all(parts.values()):
         counts = np.array([len(part) for part in parts.values()])
         raise OptionError(f"holdout {fraction} gives {counts[0]} and {counts[1]} pictures; expected some in each")
@@ -59,7 +60,7 @@ def hold_out(
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(item.path, place)
             with (target / name / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
-                writer = csv.writer(file, lineterminator="\n")
+                writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
                 text = ["text"] if captions else []
                 writer.writerow(["file_name", *text, "creator", "licence"])
                 for item in items:

@@ -102,7 +102,7 @@ def near_copies(
                     made, model=model, lora=lora, draws=1, engine="auto", batch_size=1, device=device, message=message
                 )[0].denoiser
             compare = similarity.similarity
-            trained = _latents(denoiser, items, progress)
+            trained = _trained_latents(made, denoiser, items, progress)
             asked = _latents(denoiser, names, silent)
         else:
             compare = similarity.cosine
@@ -196,6 +196,22 @@ def pixels(pictures: Sequence[Item | Name], shape: tuple[int, int, int]) -> Tens
         for picture in pictures
     ]
     return torch.from_numpy(np.stack(arrays))
+
+
+def metrics_of(denoiser: Denoiser) -> tuple[str, ...]:
+    """Those that a model allows: latents are others than pixels only where there is an encoder."""
+    return METRICS if tuple(denoiser.sample_shape) != tuple(denoiser.image_size) else METRICS[:1]
+
+
+def _trained_latents(made: Store, denoiser: Denoiser, items: Sequence[Item], progress: Progress) -> Tensor:
+    """Latents of training pictures, made once and kept in the store, named by the pictures' ids and the model."""
+    key = repr(([item.item_id for item in items], made.spec.to_json(), similarity.SIDE))
+    name = f"latents-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    kept = made.read_derived(name)
+    if kept is None:
+        kept = {"latents": _latents(denoiser, items, progress).numpy()}
+        made.write_derived(name, kept)
+    return torch.from_numpy(kept["latents"])
 
 
 def _latents(denoiser: Denoiser, pictures: Sequence[Item | Name], progress: Progress) -> Tensor:

@@ -24,6 +24,8 @@ BASE_MODEL = "_base_model"
 UNATTRIBUTED = "_unattributed"
 """What the fine-tune did, and no creator is credited with."""
 REPEATS = 499
+_LARGEST_POOL = Decimal(10) ** 18
+"""A pool must be below it: tables keep amounts with 6 decimals, and arithmetic with 28 digits."""
 _UNITS = 2**40
 _WHOLE = "BIF CLP DJF GNF ISK JPY KMF KRW PYG RWF UGX UYI VND VUV XAF XOF XPF"
 _THOUSANDTHS = "BHD IQD JOD KWD LYD OMR TND"
@@ -203,16 +205,7 @@ def amounts(pool: Decimal, currency: str, divided: Sequence[float]) -> list[Deci
     Raises:
         OptionError: The pool is not a sum of this currency, or shares do not add up.
     """
-    digits = _MINOR_DIGITS.get(currency, 2)
-    if len(currency) != 3 or not (currency.isascii() and currency.isalpha() and currency.isupper()):
-        raise OptionError(f"currency {currency!r} is no code of ISO 4217; expected three capitals, as EUR")
-    smallest = Decimal(1).scaleb(-digits)
-    try:
-        whole = pool.is_finite() and pool >= 0 and pool % smallest == 0
-    except InvalidOperation:
-        whole = False
-    if not whole:
-        raise OptionError(f"pool is {pool}; expected a sum of {currency} from 0 up, with {digits} decimals at most")
+    smallest = require_money(pool, currency)
     exact = [Fraction(share) for share in divided]
     if sum(exact) != 1:
         raise OptionError("shares do not add up to 1: no money can be divided by them")
@@ -222,3 +215,23 @@ def amounts(pool: Decimal, currency: str, divided: Sequence[float]) -> list[Deci
     for i in order[: units - sum(counts)]:
         counts[i] += 1
     return [Decimal(count) * smallest for count in counts]
+
+
+def require_money(pool: Decimal, currency: str) -> Decimal:
+    """The currency's smallest unit.
+
+    Raises:
+        OptionError: The pool is not a sum of this currency.
+    """
+    digits = _MINOR_DIGITS.get(currency, 2)
+    if len(currency) != 3 or not (currency.isascii() and currency.isalpha() and currency.isupper()):
+        raise OptionError(f"currency {currency!r} is no code of ISO 4217; expected three capitals, as EUR")
+    smallest = Decimal(1).scaleb(-digits)
+    try:
+        whole = pool.is_finite() and pool >= 0 and pool % smallest == 0
+    except InvalidOperation:
+        whole = False
+    if not whole or pool >= _LARGEST_POOL:
+        found = f"pool is {pool}; expected a sum of {currency} from 0 to below {_LARGEST_POOL}"
+        raise OptionError(f"{found}, with {digits} decimals at most")
+    return smallest

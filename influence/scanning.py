@@ -114,12 +114,15 @@ def rank(
     table["leverage"] = h[groups.places(table["item_id"].tolist())]
     table["score_adj"] = table["score"] / (1 - table["leverage"])
     table[["score_se", "score_low", "score_high", "p_value", "q_value"]] = np.nan
+    lowest = np.full(count, np.nan)
     for q, row in enumerate(strangers):
         if len(row):
             here = table["number"] == q
             above = significance.exceedances(table.loc[here, "score_adj"].to_numpy(), row)
+            of_level = significance.q_values(exceeded[q])
             table.loc[here, "p_value"] = significance.p_values(above, len(row))
-            table.loc[here, "q_value"] = significance.q_values(exceeded[q])[above]
+            table.loc[here, "q_value"] = of_level[above]
+            lowest[q] = of_level[exceeded[q] > 0].min(initial=1.0)
     files = made.items[made.items["item_id"].isin(table["item_id"])].sort_values("file_name")
     table = table.merge(files, on="item_id")  # keeps the order of scores, and under it that of the files
     table["rank"] = table.groupby("number").cumcount() + 1
@@ -128,7 +131,16 @@ def rank(
     sizes = np.asarray(groups.files.sum(0)).ravel()
     none = np.empty((0, *totals.shape))
     return table, Creators(
-        groups.names, sizes, totals, squares, magnitude, none, np.full(totals.shape, np.nan), works, groups.parts
+        groups.names,
+        sizes,
+        totals,
+        squares,
+        magnitude,
+        lowest,
+        none,
+        np.full(totals.shape, np.nan),
+        works,
+        groups.parts,
     )
 
 

@@ -47,6 +47,8 @@ class Creators:
     """Sums of squared scores."""
     magnitude: Float64[np.ndarray, " query"]
     """Sum of the absolute scores of all images."""
+    lowest_q: Float64[np.ndarray, " query"]
+    """Least q-value of an image, listed or not; NaN without controls."""
     by_batch: Float64[np.ndarray, "batches query creators"]
     """Totals with one batch of the query's draws in place of all; no batches without intervals."""
     train_variance: Float64[np.ndarray, "query creators"]
@@ -65,7 +67,7 @@ class Creators:
         for g in range(len(self.names)):
             mine = slice(columns.indptr[g], columns.indptr[g + 1])
             works, parts = self.works[query, columns.indices[mine]], columns.data[mine].astype(float)
-            found.append(significance.group_null(works, parts, strangers))
+            found.append(significance.null_among(works, parts, strangers, len(self.names)))
         return found
 
 

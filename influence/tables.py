@@ -15,10 +15,10 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from influence.errors import OptionError
+from influence.spreadsheet import csv_bytes
 from influence.verdicts import VERDICTS
 
 FORMATS = ("csv", "parquet", "jsonl", "xlsx")
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\0", "＝", "＋", "－", "＠")
 _ROWS, _CELL = 1_048_576, 32_767  # what a spreadsheet holds
 
 
@@ -103,7 +103,7 @@ SCHEMA: dict[str, Schema] = {
         _CREATOR,
         Field("estimator", "string", "", "how it was divided; see run.json", True),
         Field("attribution", "boolean", "", "false: a baseline that says nothing of influence", True),
-        Field("n_works", "integer", "works", "of the creator"),
+        Field("n_works", "number", "works", "of the creator; near duplicates are one, of several creators a part"),
         Field("group_score", "number", _SCORE, "signed total before any cut, see totals in run.json"),
         Field("group_score_se", "number", _SCORE, "its standard error, from batches of draws"),
         Field("p_null_group", "number", "probability", "of the total, when works and controls change places at random"),
@@ -122,7 +122,7 @@ SCHEMA: dict[str, Schema] = {
     "styles": Schema("Trained works of a creator against works of the same creator that were held out", (
         _QUERY,
         _CREATOR,
-        Field("n_trained", "integer", "works", "trained on", True),
+        Field("n_trained", "number", "works", "trained on; near duplicates are one", True),
         Field("n_heldout", "integer", "works", "never trained on", True),
         Field("mean_trained", "number", _SCORE, "mean score_adj of trained works", True),
         Field("mean_heldout", "number", _SCORE, "mean score of held-out works", True),
@@ -153,13 +153,13 @@ SCHEMA: dict[str, Schema] = {
     "contributors": Schema("Creators, and what is in place of one", (
         _CREATOR,
         Field("name", "string", "", "as the metadata say", True),
-        Field("n_works", "integer", "works", "files that were trained on", True),
+        Field("n_works", "integer", "files", "that were trained on", True),
         Field("n_heldout", "integer", "works", "controls of the same name", True),
     ), ("contributor_id",)),
 }  # fmt: skip
 
 _ARROW = {"string": pa.string(), "integer": pa.int64(), "number": pa.float64(), "boolean": pa.bool_()}
-_AMOUNT = pa.decimal128(18, 6)
+_AMOUNT = pa.decimal128(38, 6)
 
 
 def write(name: str, table: pd.DataFrame, form: str) -> bytes:
@@ -202,16 +202,9 @@ def _valid(text: str) -> str:
 def _csv(name: str, table: pa.Table) -> bytes:
     frame = pd.DataFrame({column: table[column].to_pylist() for column in table.column_names}, dtype=object)
     for field in SCHEMA[name].fields:
-        if field.type == "string":
-            frame[field.name] = [_harmless(text) for text in frame[field.name]]
-        elif field.type == "boolean":
+        if field.type == "boolean":
             frame[field.name] = [None if value is None else str(value).lower() for value in frame[field.name]]
-    return frame.to_csv(index=False, lineterminator="\n").encode()
-
-
-def _harmless(text: str | None) -> str | None:
-    """Text that no spreadsheet takes for a formula."""
-    return "'" + text if text is not None and text.startswith(_FORMULA) else text
+    return csv_bytes(frame)
 
 
 def _parquet(name: str, table: pa.Table) -> bytes:

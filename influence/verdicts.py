@@ -31,7 +31,7 @@ def verdict(
     control_losses: np.ndarray,
     control_gains: np.ndarray,
     creator_q: np.ndarray,
-    image_q: np.ndarray,
+    image_q: float,
 ) -> Verdict:
     """Decide.
 
@@ -43,7 +43,7 @@ def verdict(
         control_losses: The same losses of the controls.
         control_gains: The same gains of the controls; empty if the base is not known.
         creator_q: q-values of the creators' totals; empty without controls.
-        image_q: q-values of the images.
+        image_q: Least q-value of an image; NaN without controls.
 
     Returns:
         `near_copy` before all else. `not_from_model` if its loss is above that of every one of at least 99 controls and
@@ -67,7 +67,7 @@ def verdict(
         return Verdict(
             "attributable", "the totals of some creators are higher than when their works and controls change places"
         )
-    if (image_q <= significance.Q_VALUE).any():
+    if image_q <= significance.Q_VALUE:
         return Verdict("weak", "single images score higher than controls do, and no creator's total does")
     return Verdict("not_attributable", "no creator and no image scores higher than controls do")
 

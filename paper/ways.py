@@ -81,7 +81,7 @@ def creators(scores: np.ndarray, owner: np.ndarray, names: list[str]) -> Creator
     totals = np.stack([scores[:, here].sum(1) for here in mine], 1)
     zero, parts, none = np.zeros(totals.shape), sparse.csr_array(np.eye(len(names))), np.empty((0, *totals.shape))
     works, magnitude = np.array([float(here.sum()) for here in mine]), np.abs(scores).sum(1)
-    return Creators(names, works, totals, zero, magnitude, none, zero, None, parts)
+    return Creators(names, works, totals, zero, magnitude, np.full(len(totals), np.nan), none, zero, None, parts)
 
 
 def main() -> None:

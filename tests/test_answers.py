@@ -271,3 +271,121 @@ def test_a_lora_has_its_base_with_it(world, tmp_path):
     (query,) = table.attrs["queries"]
     assert query["gain"] != 0 and query["loss_base"] == pytest.approx(query["loss_finetuned"] + query["gain"], rel=1e-4)
     assert query["gain_bits"] != 0 and query["gain_bits_se"] > 0
+
+
+def test_a_carriage_return_neither_ends_a_row_nor_begins_a_formula(exported, tmp_path):
+    hostile = "x\r=cmd|'/c calc'!A0"
+    table = exported.contributors.iloc[:1].assign(name=hostile)
+    for name, data in (("a.csv", tables.write("contributors", table, "csv")), ("b.csv", influence.csv_bytes(table))):
+        (tmp_path / name).write_bytes(data)
+        with (tmp_path / name).open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["name"] for row in rows] == [hostile]
+        assert pd.read_csv(tmp_path / name)["name"].tolist() == [hostile]
+
+
+def test_no_creator_can_take_the_id_of_what_is_no_creator():
+    names = ["_base_model", "_unattributed", "_\u202egnp\n=x", "_unknown_creator", "=x"]
+    ids = answers.contributor_ids(names)
+    assert ids["_unknown_creator"] == "_unknown_creator" and len(set(ids.values())) == len(names)
+    others = [ids[name] for name in names if name != "_unknown_creator"]
+    assert all(one[0].isalnum() and one.isascii() and one.isprintable() for one in others)
+
+
+def test_a_creator_called_base_model_is_a_creator(tmp_path):
+    tiny_ddpm(tmp_path / "ddpm")
+    pictures(tmp_path / "data", count=8)
+    text = (tmp_path / "data" / "metadata.csv").read_text()
+    (tmp_path / "data" / "metadata.csv").write_text(
+        text.replace("creator 0", "_base_model").replace("creator 1", "_unattributed")
+    )
+    influence.build(tmp_path / "data", model=tmp_path / "ddpm", store=tmp_path / "s", dim=64, draws=4)
+    made = influence.export(tmp_path / "data" / "001.png", tmp_path / "s", tmp_path / "out", draws=4)
+    assert not made.contributors["contributor_id"].duplicated().any()
+    assert not made.shares.duplicated(["query_id", "contributor_id", "estimator"]).any()
+
+
+def test_the_least_q_value_does_not_depend_on_how_many_are_listed(world):
+    asked = {"images": world / "data" / "003.png", "store": world / "s", "intervals": False, "model": None,
+             "lora": None, "base": None, "half": None, "method": None, "damping": None, "draws": DRAWS, "prompt": None,
+             "engine": "auto", "batch_size": 64, "memory": None, "device": "cpu", "progress": lambda *_: None,
+             "message": lambda *_: None}  # fmt: skip
+    few, every = (influence.attribution.score(**asked, k=k) for k in (1, None))
+    assert few.creators.lowest_q.tolist() == every.creators.lowest_q.tolist() == [every.table["q_value"].min()]
+
+
+def test_what_changes_the_last_bits_is_replayed_too(world, tmp_path):
+    picture = world / "all" / "028.png"
+    for i, options in enumerate(({"batch_size": 3}, {"engine": "vmap"}, {"memory": "3GiB"})):
+        influence.export(picture, world / "s", tmp_path / f"out{i}", draws=DRAWS, **options)
+        assert influence.replay(tmp_path / f"out{i}" / "run.json", tmp_path / f"again{i}").changed == {}
+
+
+@pytest.mark.parametrize("changes", [
+    {"images": ["a.png"]},
+    {"truth": 3, "format": ["csv"]},
+    {"options": {"form": "csv"}},
+    {"options": {"draws": "8"}},
+    {"options": {"k": True}},
+    {"options": {"usage": ["a"]}},
+    {"options": 3},
+    {"tables": []},
+])  # fmt: skip
+def test_a_record_that_nobody_exported_is_refused_in_one_line(world, exported, tmp_path, changes):
+    record = json.loads((world / "out" / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(record | changes))
+    with pytest.raises(OptionError):
+        influence.replay(tmp_path / "run.json", tmp_path / "again")
+
+
+def test_money_is_checked_before_anything_is_computed(tmp_path):
+    for pool, currency, message in ((1, "eur", "no code of ISO 4217"), (10**18, "IDR", "from 0 to below")):
+        with pytest.raises(OptionError, match=message):
+            influence.export("a.png", tmp_path / "none", tmp_path / "out", pool=pool, currency=currency)
+
+
+def test_large_sums_are_kept_to_the_last_unit(exported):
+    shares = exported.shares.assign(amount=None)
+    shares.loc[shares.index[0], "amount"] = answers.Decimal("999999999999999999")
+    assert b"999999999999999999.000000" in tables.write("shares", shares, "csv")
+
+
+def test_one_store_is_not_several_models(world):
+    with pytest.raises(OptionError, match="have the same features; several must be of several models"):
+        influence.answer(world / "all" / "028.png", [world / "s", world / "s"], draws=DRAWS)
+
+
+def test_latents_are_compared_as_well_and_kept(world, tmp_path, monkeypatch):
+    pictures(tmp_path / "data", count=6)
+    influence.build(tmp_path / "data", model=world / "sd", lora=world / "lora", store=tmp_path / "s", dim=64, draws=4)
+    made = influence.answer(tmp_path / "data" / "001.png", tmp_path / "s", prompt="picture 1", draws=4)
+    (kept,) = (tmp_path / "s" / "derived").glob("latents-*")
+    again = influence.near_copies(tmp_path / "data" / "001.png", tmp_path / "s", metrics=("pixel", "latent"))
+    assert made.queries["max_similarity"][0] == pytest.approx(again["similarity"].max(), abs=1e-5)
+    from influence import nearcopies
+
+    asked = []
+    real = nearcopies._latents
+    monkeypatch.setattr(nearcopies, "_latents", lambda d, p, progress: asked.append(len(p)) or real(d, p, progress))
+    influence.near_copies(tmp_path / "data" / "001.png", tmp_path / "s", metrics=("latent",))
+    assert asked == [1] and kept.exists()
+
+
+def test_likeness_pays_for_a_work_once_however_many_copies_were_sent_in():
+    def evidence(copies):
+        ids = ["a", "b", *(f"c{i}" for i in range(copies)), *(f"other{i}" for i in range(40))]
+        who = ["Ann", "Bo", *["Bo"] * copies, *["Cy"] * 40]
+        looks = pd.Series([0.9, 0.9, *[0.9] * copies, *np.linspace(0, 0.1, 40)], index=ids)
+        clusters = {item_id: "b" if item_id.startswith("c") else item_id for item_id in ids}
+        items = pd.DataFrame({"item_id": ids, "creator": who})
+        return answers._similarity_evidence(items, ["Ann", "Bo", "Cy"], looks, clusters)
+
+    ann, bo, cy = evidence(0)
+    assert ann == bo > 0 and cy < ann
+    ann, bo, _ = evidence(1)
+    assert ann == pytest.approx(bo)
+
+
+def test_works_are_counted_in_files_and_shares_in_works(world):
+    made = influence.answer(world / "all" / "028.png", world / "s", draws=DRAWS)
+    assert made.contributors.set_index("name")["n_works"].loc["Ann"] == 4

@@ -100,7 +100,7 @@ def png(width, height, data=b"", color=2, depth=8):
 
 def test_an_item_has_exactly_the_agreed_fields():
     names = [field.name for field in fields(datasets.Item)]
-    assert names == ["item_id", "file_name", "caption", "creator", "licence", "path"]
+    assert names == ["item_id", "file_name", "caption", "creator", "licence", "path", "picture_id"]
 
 
 def test_a_csv_gives_captions_creators_and_licences_in_its_own_order(tmp_path):

@@ -52,3 +52,24 @@ def test_what_leaves_a_part_empty_is_refused(tmp_path):
     (tmp_path / "parts").mkdir()
     with pytest.raises(OptionError, match="is there already"):
         influence.hold_out(tmp_path / "all", tmp_path / "parts", fraction=0.5)
+
+
+def test_a_picture_with_two_captions_is_on_one_side_only(tmp_path):
+    pictures(tmp_path / "all", count=30)
+    with (tmp_path / "all" / "metadata.csv").open("a") as file:
+        for i in range(30):
+            shutil.copy(tmp_path / "all" / f"{i:03d}.png", tmp_path / "all" / f"again{i}.png")
+            file.write(f"again{i}.png,another caption,creator 0\n")
+    influence.hold_out(tmp_path / "all", tmp_path / "parts", fraction=0.4)
+    train, held = (datasets.read_dataset(tmp_path / "parts" / name).items for name in ("train", "controls"))
+    assert len(train) + len(held) == 60
+    assert not {item.picture_id for item in train} & {item.picture_id for item in held}
+
+
+def test_names_with_carriage_returns_come_back(tmp_path):
+    pictures(tmp_path / "all", count=10)
+    text = (tmp_path / "all" / "metadata.csv").read_text().replace("creator 0", '"A\rB"')
+    (tmp_path / "all" / "metadata.csv").write_bytes(text.encode())
+    influence.hold_out(tmp_path / "all", tmp_path / "parts", fraction=0.5)
+    names = {i.creator for n in ("train", "controls") for i in datasets.read_dataset(tmp_path / "parts" / n).items}
+    assert "A\rB" in names

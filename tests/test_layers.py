@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "influence"
 LAYERS = [
     ["errors"],
-    ["keys", "progress", "devices", "triton_sketch"],
+    ["keys", "progress", "devices", "triton_sketch", "spreadsheet"],
     ["spec", "diffusion", "projection", "curvature", "significance"],
     ["royalties", "verdicts"],
     ["gradients", "scoring", "metrics", "similarity"],

@@ -171,7 +171,8 @@ def test_leverage_leaves_each_curvature_row_out_of_itself_and_is_the_mean_over_r
     item = torch.cat([torch.arange(30), torch.arange(29, -1, -1)])
     phi = torch.tensor(np.random.Generator(np.random.PCG64(5)).normal(size=(30, 8)).astype(np.float32))
     factored = curvatures.curvature([(psi.numpy(), np.ones(60))], dim=8, damping=0.2, num_rows=60)
-    found = curvatures.leverage(factored, phi, curvatures.solve(factored, phi), psi, item, 30.0).numpy()
+    solved, ones = curvatures.solve(factored, phi), torch.ones(60, dtype=torch.float64)
+    found = curvatures.leverage(factored, phi, solved, psi, item, ones, 30.0).numpy()
     h = psi.double().T @ psi.double() / 60 + factored.damping * torch.eye(8)
     for i in range(30):
         parts = []
@@ -181,6 +182,24 @@ def test_leverage_leaves_each_curvature_row_out_of_itself_and_is_the_mean_over_r
             parts.append(((row @ torch.linalg.solve(h, phi[i].double())) / (1 - inside)) ** 2)
         own = phi[i].double() @ torch.linalg.solve(h, phi[i].double())
         assert found[i] == pytest.approx(float(np.mean(parts) / own / 30), rel=1e-5)
+
+
+@pytest.mark.parametrize("k", [8, 100])
+def test_a_row_of_several_files_is_left_out_of_curvature_with_all_of_them(k):
+    torch, x, *_ = _linear_model(images=30, k=k)
+    w = np.array([4.0, 3.0, *np.ones(28)])
+    psi, item = torch.tensor(x.astype(np.float32)), torch.arange(30)
+    phi = torch.tensor(np.random.Generator(np.random.PCG64(5)).normal(size=(30, k)).astype(np.float32))
+    factored = curvatures.curvature([(psi.numpy(), w)], dim=k, damping=5.0, num_rows=30)
+    assert (factored.psi is not None) == (k == 100)
+    solved, own = curvatures.solve(factored, phi), curvatures.own_parts(factored)
+    found = curvatures.leverage(factored, phi, solved, psi, item, torch.tensor(w), w.sum(), own)
+    h = (psi.double().T * torch.tensor(w)) @ psi.double() / w.sum() + factored.damping * torch.eye(k)
+    for i in (0, 1, 7):
+        row, g = psi[i].double(), phi[i].double()
+        without = h - w[i] * torch.outer(row, row) / w.sum()
+        expected = (row @ torch.linalg.solve(without, g)) ** 2 / (g @ torch.linalg.solve(h, g)) / w.sum()
+        assert float(found[i]) == pytest.approx(min(float(expected), curvatures.MAX_LEVERAGE), rel=1e-3)
 
 
 @pytest.mark.parametrize("rows", [6, 40])
@@ -215,3 +234,13 @@ def test_the_error_of_a_stratified_mean_is_without_the_trend_over_the_strata():
     assert 0.93 <= ((low <= truth) & (truth <= high)).mean() <= 0.97
     by_batches = np.stack([values[batch_of(draws) == b].mean(0) for b in range(8)]).var(0, ddof=1) / 8
     assert np.square(found.se).mean() < by_batches.mean()
+
+
+def test_one_creator_of_many_can_be_more_than_chance():
+    controls = keys.normal(("many creators",), (5000,)).astype(float)
+    nulls = [significance.null_among(np.full(5, 50.0), np.ones(5), controls, 250)]
+    nulls += [significance.null_among(controls[i : i + 5], np.ones(5), controls, 250) for i in range(0, 1245, 5)]
+    assert len(nulls[0]) == 5000 and {len(null) for null in nulls[1:]} <= {1999, 5000}
+    totals = np.array([250.0, *(controls[i : i + 5].sum() for i in range(0, 1245, 5))])
+    q = significance.false_discovery_rates(significance.group_p_values(totals, nulls))
+    assert q[0] <= significance.Q_VALUE and (q[1:] > significance.Q_VALUE).all()

@@ -9,7 +9,7 @@ RNG = np.random.Generator(np.random.PCG64(0))
 LOSSES, GAINS = 0.1 + 0.02 * RNG.random(120), RNG.normal(0.002, 0.003, 120)
 KNOWN = {
     "near_copy": False, "loss": 0.11, "gain": 0.003, "gain_p": 0.001, "control_losses": LOSSES,
-    "control_gains": GAINS, "creator_q": np.array([0.02, 0.9]), "image_q": np.array([0.5, 1.0]),
+    "control_gains": GAINS, "creator_q": np.array([0.02, 0.9]), "image_q": 0.5,
 }  # fmt: skip
 
 
@@ -20,7 +20,7 @@ KNOWN = {
         ({"near_copy": True}, "near_copy", True),
         ({"near_copy": True, "gain": -0.01, "gain_p": 1.0}, "near_copy", False),
         ({"creator_q": np.array([0.2, 0.9])}, "not_attributable", True),
-        ({"creator_q": np.array([0.2, 0.9]), "image_q": np.array([0.05])}, "weak", True),
+        ({"creator_q": np.array([0.2, 0.9]), "image_q": 0.05}, "weak", True),
         ({"loss": 0.5}, "attributable", True),
         ({"loss": 0.5, "gain": 0.0, "gain_p": 0.5}, "not_from_model", False),
         ({"loss": 0.5, "gain": None, "gain_p": None, "control_gains": np.empty(0)}, "not_from_model", False),
@@ -31,7 +31,7 @@ KNOWN = {
         ({"gain": 0.0001, "gain_p": 0.4}, "not_attributable", False),
         ({"gain": None, "gain_p": None, "control_gains": np.empty(0)}, "attributable", True),
         ({"control_losses": np.empty(0), "control_gains": np.empty(0), "creator_q": np.full(2, np.nan),
-          "image_q": np.full(2, np.nan)}, "not_attributable", True),
+          "image_q": float("nan")}, "not_attributable", True),
     ],
 )  # fmt: skip
 def test_verdicts(changes, expected, explained):
