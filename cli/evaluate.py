@@ -32,7 +32,7 @@ _retraining = options_of(
                  help="Pictures to ask about, as a data set folder; KIND: generated, trained, unseen or another word."),
     click.option("--recipe", type=click.Path(path_type=Path),
                  help="finetune.json: how the model was fine-tuned.  [default: beside the model or LoRA]"),
-    click.option("--workers", type=int, default=1, show_default=True, help="Processes that retrain, a thread each."),
+    click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes, a thread each."),
 )  # fmt: skip
 
 
@@ -61,6 +61,11 @@ def _begin(
     odd = next((query for query in queries if "=" not in query), None)
     if odd is not None:
         raise click.UsageError(f"--queries {odd!r}; expected KIND=DIR, as in generated=pictures")
+    kinds = [query.split("=", 1)[0] for query in queries]
+    if len(set(kinds)) < len(kinds):
+        raise click.UsageError(
+            f"--queries names {max(kinds, key=kinds.count)} twice; expected one folder for each kind"
+        )
     folders = dict(query.split("=", 1) for query in queries)
     made = influence.open_store(store)
     opened = influence.truth_of(made, truth, base=base, queries=folders, recipe=recipe)
@@ -74,8 +79,8 @@ def _begin(
 @evaluate.command()
 @_common
 @_retraining
-@click.option("--subsets", type=int, default=64, show_default=True, help="Exact halves to retrain on.")
-@click.option("--seeds", type=int, default=2, show_default=True, help="Training seeds of each.")
+@click.option("--subsets", type=click.IntRange(2), default=64, show_default=True, help="Exact halves to retrain on.")
+@click.option("--seeds", type=click.IntRange(2), default=2, show_default=True, help="Training seeds of each.")
 def lds(subsets: int, seeds: int, workers: int, as_json: bool, **options: Any) -> None:
     """Linear datamodeling score: do summed scores foretell the losses of models retrained on halves?
 
@@ -90,9 +95,16 @@ def lds(subsets: int, seeds: int, workers: int, as_json: bool, **options: Any) -
 @evaluate.command()
 @_common
 @_retraining
-@click.option("--fraction", "fractions", multiple=True, type=float, default=(0.01, 0.05, 0.2), show_default=True)
-@click.option("--seeds", type=int, default=2, show_default=True, help="Training seeds of each removal.")
-@click.option("--limit", type=int, default=4, show_default=True, help="Queries of each kind.")
+@click.option(
+    "--fraction",
+    "fractions",
+    multiple=True,
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=(0.01, 0.05, 0.2),
+    show_default=True,
+)
+@click.option("--seeds", type=click.IntRange(1), default=2, show_default=True, help="Training seeds of each removal.")
+@click.option("--limit", type=click.IntRange(1), default=4, show_default=True, help="Queries of each kind.")
 @click.option("--picture", type=click.Path(path_type=Path), help="PNG: the same seeds sampled after each removal.")
 def deletion(
     fractions: tuple[float, ...], seeds: int, limit: int, picture: Path | None, workers: int, as_json: bool,
@@ -102,6 +114,8 @@ def deletion(
 
     Beside the method: as many images at random, and the images that look most like the picture.
     """
+    if picture is not None and not picture.parent.is_dir():
+        raise click.UsageError(f"--picture is {picture}, and {picture.parent} is no folder; make it first")
     with progress() as show:
         truth, scores = _begin(show=show, **options)
         table = influence.evaluate_deletion(
@@ -115,7 +129,7 @@ def deletion(
 @evaluate.command()
 @_common
 @_retraining
-@click.option("--seeds", type=int, default=3, show_default=True, help="Training seeds of each coalition.")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Training seeds of each coalition.")
 def shapley(seeds: int, workers: int, as_json: bool, **options: Any) -> None:
     """Retrain on every coalition of owners: are their summed scores their Shapley values?"""
     with progress() as show:

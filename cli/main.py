@@ -38,6 +38,8 @@ class Group(click.Group):
                 return super().invoke(ctx)
         except influence.InfluenceError as error:
             raise click.ClickException(clean(str(error))) from error
+        except OSError as error:
+            raise click.ClickException(clean(f"{error.filename or 'a file'}: {error.strerror or error}")) from error
         except _Stopped as stopped:
             name = signal.Signals(stopped.args[0]).name
             error = click.ClickException(f"stopped by {name}; what was committed is kept: run the same command again")
@@ -98,7 +100,7 @@ def cli() -> None:
 @click.option("--creator-column", help="Column that names the creator.  [default: creator]")
 @click.option("--resolution", type=int, help="Pixels of a side.  [default: the model's own]")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
-@click.option("--workers", type=int, default=1, show_default=True, help="Processes.")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes.")
 @click.option(
     "--controls",
     type=click.Path(path_type=Path),
@@ -249,10 +251,7 @@ def attribute(
     with progress() as show:
         table = influence.attribute(images, store, k=k or None, progress=show, message=say, **options)
     if output is not None:
-        try:
-            output.write_bytes(_WRITERS[output.suffix](table))
-        except OSError as error:
-            raise click.ClickException(f"{output} cannot be written: {error.strerror}") from None
+        output.write_bytes(_WRITERS[output.suffix](table))
     if as_json:
         click.echo(json.dumps(_nested(table), ensure_ascii=False, indent=2))
         return
@@ -380,7 +379,8 @@ def verify(store: Path, repair: bool, **options: Any) -> None:
     if problems and not repair:
         advice = "influence verify --repair builds again what can be"
         raise click.ClickException(f"{store}: {len(problems)} problems, {images} images affected; {advice}")
-    missing = len(influence.open_store(store).missing())
+    made = influence.open_store(store)
+    missing = sum(len(part.missing()) for part in (made, made.controls()) if part is not None)
     click.echo(
         f"{store}: every byte is as it was committed"
         + (f"; {len(problems)} problems repaired, {images} images built again" if problems else "")

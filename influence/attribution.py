@@ -124,6 +124,9 @@ def score(
     where = {"intervals": intervals, "model": model, "lora": lora}
     if len(given) == 1:
         return score_one(images, given[0], k=k, **where, **options)
+    paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
+    if len({str(path) for path in paths}) < len(paths):
+        raise OptionError("a picture is given twice; give it once, or ask one store")
     if not (model is lora is options.get("half") is None):
         raise OptionError("with several stores there are several models; put them where they were, or ask one store")
     return combined([score_one(images, one, k=None, **where, **options) for one in given], k)

@@ -31,6 +31,7 @@ def combined(parts: Sequence[Scored], k: int | None) -> Scored:
         OptionError: The stores hold different images or controls, or some of them cannot give intervals.
     """
     first = parts[0]
+    _require_several(parts)
     for part in parts[1:]:
         _require_same(first, part)
     tables = [part.table.set_index(_FILE).sort_index() for part in parts]
@@ -78,11 +79,21 @@ def combined(parts: Sequence[Scored], k: int | None) -> Scored:
     return Scored(first.store, first.loaded, queries, table, creators, controls, _losses(parts), whole)
 
 
+def _require_several(parts: Sequence[Scored]) -> None:
+    """Raise if a model is given twice: that training again gives another one would seem to change nothing."""
+    seen: dict[str, str] = {}
+    for part in parts:
+        name, features = part.store.path.name, part.store.family_hash("loss")
+        if features in seen:
+            raise OptionError(
+                f"stores {seen[features]} and {name} have the same features; expected those of two models"
+            )
+        seen[features] = name
+
+
 def _require_same(first: Scored, other: Scored) -> None:
     """Raise unless two stores can be averaged."""
     names = (first.store.path.name, other.store.path.name)
-    if first.store.family_hash("loss") == other.store.family_hash("loss"):
-        raise OptionError(f"stores {names[0]} and {names[1]} have the same features; several must be of several models")
     a, b = (set(zip(part.store.items["item_id"], part.store.items["creator"], strict=True)) for part in (first, other))
     if a ^ b or len(first.table) != len(other.table):
         raise OptionError(

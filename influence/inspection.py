@@ -69,14 +69,17 @@ def _store(path: Path) -> dict[str, Any]:
                 "curvature rows": rows,
                 "refused": [f"{item}: {reason}" for item, reason in made.refused(family).items()],
             }
+    controls = None if problems else made.controls()
+    unbuilt = [] if controls is None else controls.missing("loss")
     return {
         "kind": "store",
-        "whole": not problems and not made.missing("loss"),
+        "whole": not problems and not made.missing("loss") and not unbuilt,
         "spec": made.spec.to_json(),
         "fingerprint": made.spec.fingerprint,
         "build": made.build,
         "source": made.source,
         "features": families,
+        "controls": None if controls is None else {"images": controls.num_rows()[0], "missing shards": len(unbuilt)},
         "excluded": {
             "creators": sorted(made.exclusions.creators),
             "items": sorted(made.exclusions.items),
@@ -97,14 +100,20 @@ def _pipeline(path: Path) -> dict[str, Any]:
     weights = {}
     for file in sorted(path.glob("*/*.safetensors")):
         weights[f"{file.parent.name}/{file.name}"] = _tensors(file)
+    bare = [  # networks have a config.json; schedulers and tokenizers have files of other names
+        name
+        for name in parts
+        if name not in absent and (path / name / "config.json").exists() and not [*(path / name).glob("*.safetensors")]
+    ]
     scheduler = path / "scheduler" / "scheduler_config.json"
     prediction = _json(scheduler).get("prediction_type", "epsilon") if scheduler.exists() else "unknown"
     return {
         "kind": "model",
-        "whole": not absent,
+        "whole": not absent and not bare,
         "pipeline": str(index.get("_class_name")),
         "parts": parts,
         "absent": absent,
+        "without weights": bare,
         "prediction": prediction,
         "weights": weights,
     }

@@ -180,3 +180,50 @@ def test_pictures_of_a_list_come_after_those_named_with_their_own_prompts_and_we
     (tmp_path / "bare.csv").write_text("file\na.png\n")
     assert _pictures((), tmp_path / "bare.csv", "a tree") == ([tmp_path / "a.png"], ["a tree"], [1.0])
     assert _pictures((), tmp_path / "bare.csv", None) == ([tmp_path / "a.png"], None, [1.0])
+
+
+def test_what_cannot_be_written_or_counted_is_said_in_one_line_before_the_work(world, tmp_path):
+    (tmp_path / "file").write_text("x")
+    picture, store = world / "data" / "003.png", world / "s"
+    for parts, words in (
+        (("attribute", picture, "--store", store, "--output", tmp_path / "no" / "x.csv"), "is no folder; make it first"),
+        (("build", world / "data", "--model", world / "ddpm", "--store", tmp_path / "t", "--workers", 0), "0 is not in"),
+        (("extract", "--store", store, "-o", tmp_path / "file" / "x", "--count", 1), "Not a directory"),
+        (("evaluate", "lds", "--store", store, "--truth", tmp_path / "file", "--base", world / "ddpm",
+          "--queries", f"a={world / 'data'}", "--subsets", 1), "1 is not in"),
+        (("evaluate", "lds", "--store", store, "--truth", tmp_path / "t", "--base", world / "ddpm",
+          "--queries", f"a={world / 'data'}", "--queries", f"a={world / 'data'}"), "names a twice"),
+        (("evaluate", "deletion", "--store", store, "--truth", tmp_path / "t", "--base", world / "ddpm",
+          "--queries", f"a={world / 'data'}", "--picture", tmp_path / "no" / "x.png"), "is no folder; make it first"),
+    ):  # fmt: skip
+        result = run(*parts)
+        assert result.exit_code in (1, 2) and words in result.stderr and "Traceback" not in result.stderr, parts
+        assert result.exception is None or isinstance(result.exception, SystemExit), parts
+
+
+def test_a_store_without_all_controls_and_a_model_without_weights_are_not_whole(world, tmp_path):
+    tiny_stable_diffusion(tmp_path / "sd")
+    for weights in (tmp_path / "sd" / "vae").glob("*.safetensors"):
+        weights.unlink()
+    result = run("inspect", tmp_path / "sd", "--json")
+    facts = json.loads(result.stdout)
+    assert (result.exit_code, facts["whole"], facts["without weights"]) == (1, False, ["vae"])
+    influence.build(
+        world / "data", model=world / "ddpm", store=tmp_path / "s", dim=64, draws=4, controls=controls(tmp_path)
+    )
+    assert json.loads(run("inspect", tmp_path / "s", "--json").stdout)["whole"]
+    (tmp_path / "s" / "controls" / "shards" / "loss-000000.json").unlink()
+    result = run("inspect", tmp_path / "s", "--json")
+    facts = json.loads(result.stdout)
+    assert (result.exit_code, facts["whole"], facts["controls"]["missing shards"]) == (1, False, 1)
+    assert "; 1 shards are not built yet" in run("verify", tmp_path / "s").stdout
+
+
+def controls(path):
+    """Other pictures than those of `world`."""
+    pictures(path / "all", count=16)
+    for i in range(12):
+        (path / "all" / f"{i:03d}.png").unlink()
+    lines = (path / "all" / "metadata.csv").read_text().splitlines(keepends=True)
+    (path / "all" / "metadata.csv").write_text("".join([lines[0], *lines[13:]]))
+    return path / "all"
