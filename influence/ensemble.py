@@ -86,7 +86,7 @@ def _require_several(parts: Sequence[Scored]) -> None:
         name, features = part.store.path.name, part.store.family_hash("loss")
         if features in seen:
             raise OptionError(
-                f"stores {seen[features]} and {name} have the same features; expected those of two models"
+                f"stores {seen[features]} and {name} have the same features; expected two models"
             )
         seen[features] = name
 

@@ -351,7 +351,7 @@ def test_large_sums_are_kept_to_the_last_unit(exported):
 
 
 def test_one_store_is_not_several_models(world):
-    with pytest.raises(OptionError, match="have the same features; expected those of two models"):
+    with pytest.raises(OptionError, match="have the same features; expected two models"):
         influence.answer(world / "all" / "028.png", [world / "s", world / "s"], draws=DRAWS)
 
 
