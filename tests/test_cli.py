@@ -186,15 +186,15 @@ def test_what_cannot_be_written_or_counted_is_said_in_one_line_before_the_work(w
     (tmp_path / "file").write_text("x")
     picture, store = world / "data" / "003.png", world / "s"
     for parts, words in (
-        (("attribute", picture, "--store", store, "--output", tmp_path / "no" / "x.csv"), "is no folder; make it first"),
-        (("build", world / "data", "--model", world / "ddpm", "--store", tmp_path / "t", "--workers", 0), "0 is not in"),
+        (("attribute", picture, "--store", store, "--output", tmp_path / "no" / "x.csv"), "is no folder; make it"),
+        (("build", world / "data", "--model", world / "ddpm", "--store", tmp_path / "t", "--workers", 0), "0 is not"),
         (("extract", "--store", store, "-o", tmp_path / "file" / "x", "--count", 1), "Not a directory"),
         (("evaluate", "lds", "--store", store, "--truth", tmp_path / "file", "--base", world / "ddpm",
           "--queries", f"a={world / 'data'}", "--subsets", 1), "1 is not in"),
         (("evaluate", "lds", "--store", store, "--truth", tmp_path / "t", "--base", world / "ddpm",
           "--queries", f"a={world / 'data'}", "--queries", f"a={world / 'data'}"), "names a twice"),
         (("evaluate", "deletion", "--store", store, "--truth", tmp_path / "t", "--base", world / "ddpm",
-          "--queries", f"a={world / 'data'}", "--picture", tmp_path / "no" / "x.png"), "is no folder; make it first"),
+          "--queries", f"a={world / 'data'}", "--picture", tmp_path / "no" / "x.png"), "is no folder; make it"),
     ):  # fmt: skip
         result = run(*parts)
         assert result.exit_code in (1, 2) and words in result.stderr and "Traceback" not in result.stderr, parts
