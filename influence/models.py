@@ -7,6 +7,7 @@ import contextlib
 import copy
 import fnmatch
 import hashlib
+import inspect
 import json
 import re
 import shutil
@@ -18,9 +19,10 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.utils import convert_state_dict_to_diffusers
 from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -32,6 +34,9 @@ PIPELINES = ("DDPMPipeline", "StableDiffusionPipeline")
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _MAX_CAPTIONS = 1024
 _ADAPTER = "default_0"  # as diffusers names the first that it loads
+_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+_PADDING = 128  # a table of vectors may be filled up to a multiple of this
+_DORA = ("lora_magnitude_vector", "dora_scale")  # in names of tensors: as peft has them, and other trainers
 
 
 @runtime_checkable
@@ -65,21 +70,35 @@ class Denoiser(Protocol):
 
 
 def between(start: Denoiser, end: Denoiser, part: float) -> Denoiser:
-    """A model with the weights (1 − part) start + part end.
+    """A model with the weights (1 − part) start + part end: all of them, whichever parameters are selected.
+
+    So it is with the text encoder, if the fine-tune changed its weights; one of another size has nothing between, and
+    that of the end stays, as the VAE does.
 
     Raises:
         ModelError: The networks have other weights.
     """
-    theirs, mine = start.network.state_dict(), end.network.state_dict()
-    if [(name, value.shape) for name, value in theirs.items()] != [(name, value.shape) for name, value in mine.items()]:
+    if _shapes(start.network) != _shapes(end.network):
         raise ModelError("the model before the fine-tune has other weights than the fine-tuned one; nothing is between")
     made = copy.copy(end)
     made.network, made.parameters = copy.deepcopy((end.network, end.parameters))
-    with torch.no_grad():
-        for name, value in made.network.state_dict().items():
-            if value.is_floating_point():
-                value.lerp_(theirs[name].to(value), 1 - part)
+    _move(made.network, start.network, 1 - part)
+    if isinstance(made, _StableDiffusion) and isinstance(start, _StableDiffusion):
+        made.move_text_encoder(start, 1 - part)
     return made
+
+
+def _shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
+    return [(name, value.shape) for name, value in module.state_dict().items()]
+
+
+@torch.no_grad()
+def _move(module: nn.Module, other: nn.Module, part: float) -> None:
+    """Move the weights of a module that part of the way to those of another."""
+    theirs = other.state_dict()
+    for name, value in module.state_dict().items():
+        if value.is_floating_point():
+            value.lerp_(theirs[name].to(value), part)
 
 
 class _Unconditional:
@@ -157,6 +176,25 @@ class _StableDiffusion:
             ).input_ids
             self._captions[caption] = self._text_encoder(tokens.to(self._text_encoder.device))[0]
         return torch.cat([self._captions[caption] for caption in captions])
+
+    def move_text_encoder(self, other: "_StableDiffusion", part: float) -> None:
+        """Put a text encoder that part of the way to another model's in place of this one, if both can be compared."""
+        mine, theirs = self._text_encoder, other._text_encoder
+        if _shapes(mine) != _shapes(theirs):
+            return
+        values = theirs.state_dict()
+        if all(torch.equal(value, values[name].to(value)) for name, value in mine.state_dict().items()):
+            return  # shared: a copy would cost its memory again, and every caption its encoding
+        self._text_encoder, self._captions = copy.deepcopy(mine), {}
+        _move(self._text_encoder, theirs, part)
+
+    def silence_lora(self) -> None:
+        """Make the adapters of both networks do nothing, whichever of their parameters are selected."""
+        for module in (self.network, self._text_encoder):
+            for name, parameter in module.named_parameters():
+                if "lora_B" in name:
+                    parameter.data.zero_()
+        self._captions = {}
 
 
 class _Network(nn.Module):
@@ -296,14 +334,22 @@ def add_fresh_lora(denoiser: Denoiser, *, rank: int, alpha: float, targets: str,
 
 
 def silence_lora(denoiser: Denoiser) -> None:
-    """Make the adapter do nothing, as before its training: lora_B = 0. It has gradients as before."""
-    for name, parameter in denoiser.parameters.items():
-        if "lora_B" in name:
-            parameter.data.zero_()
+    """Make the adapter do nothing, as before its training: lora_B = 0. It has gradients as before.
+
+    All of it, whichever parameters are selected, and that of the text encoder too: the base has none of them.
+
+    Raises:
+        ModelError: The model takes no adapter.
+    """
+    if not isinstance(denoiser, _StableDiffusion):
+        raise ModelError("a LoRA needs a StableDiffusionPipeline as its base; this model is unconditional")
+    denoiser.silence_lora()
 
 
 def save_lora(denoiser: Denoiser, folder: str | Path) -> Path:
     """Write the adapter of the UNet as diffusers' training scripts do: `pytorch_lora_weights.safetensors`.
+
+    α goes with it, since a reader who is not told takes r for it, which is another model.
 
     Raises:
         ModelError: There is a LoRA in the folder already.
@@ -311,9 +357,23 @@ def save_lora(denoiser: Denoiser, folder: str | Path) -> Path:
     file = Path(folder) / LORA_FILE
     if file.exists():
         raise ModelError(f"{file} exists already; choose another folder, or remove it")
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(denoiser.network.unet, adapter_name=_ADAPTER))
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, safe_serialization=True)
+    unet: Any = denoiser.network.unet
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=_ADAPTER))
+    StableDiffusionPipeline.save_lora_weights(
+        folder, unet_lora_layers=layers, unet_lora_adapter_metadata=_metadata(unet), safe_serialization=True
+    )
     return file
+
+
+def _metadata(unet: Any) -> dict[str, Any]:
+    """What the adapter's outputs depend on beside its tensors.
+
+    Not all of peft's config: a reader refuses fields that its own release of peft does not know.
+    """
+    names = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "lora_bias")
+    values = {name: getattr(unet.peft_config[_ADAPTER], name) for name in names}
+    # a set has another order in each process, and the file would have other bytes
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
 
 
 # Folders ------------------------------------------------------------------------------------------------------------
@@ -368,6 +428,12 @@ def _load_unet(folder: Path) -> UNet2DModel | UNet2DConditionModel:
     odd = [key for key in ("class_embed_type", "num_class_embeds", "addition_embed_type") if unet.config.get(key)]
     if odd:
         raise ModelError(f"{folder} needs more than an image, a timestep and a caption ({odd[0]}); not supported")
+    reads, predicts = unet.config.in_channels, unet.config.out_channels
+    if reads != predicts:
+        raise ModelError(
+            f"{folder} reads {reads} channels and predicts {predicts}; expected as many: a learned variance, and what "
+            "inpaint or edit models are shown, are not supported; pass a model that is shown a noised image alone"
+        )
     return unet
 
 
@@ -384,7 +450,7 @@ def _load(kind: Any, folder: Path) -> Any:
     try:
         module = kind.from_pretrained(folder, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"{folder} cannot be loaded: {_line(error)}") from None
     absent = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
     if absent:
         raise ModelError(f"{folder} has no weights for {absent[0]}; its config.json and its weights do not fit")
@@ -393,6 +459,11 @@ def _load(kind: Any, folder: Path) -> Any:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"{folder}: tensor {name} holds NaN or infinity; the weights are damaged")
     return module
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in one line; some say nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _schedule(parts: Path, unet: nn.Module, notes: list[str]) -> NoiseSchedule:
@@ -405,16 +476,33 @@ def _schedule(parts: Path, unet: nn.Module, notes: list[str]) -> NoiseSchedule:
         notes.append("no scheduler in the folder: assumed DDPM, 1000 steps, linear betas, epsilon prediction")
     else:
         raise ModelError(f"{file} is missing; copy the scheduler folder of the base model to {parts}")
-    name = str(config.get("_class_name"))
-    if "FlowMatch" in name or not hasattr(diffusers, name) or "beta_schedule" not in {"beta_schedule", *config}:
-        raise ModelError(f"scheduler {name} is not supported; expected one of the DDPM family (DDPM, DDIM, PNDM …)")
+    name, steps = str(config.get("_class_name")), config.get("num_train_timesteps", 1000)
+    if not _has_betas(getattr(diffusers, name, None)):
+        raise ModelError(
+            f"scheduler {name} is not supported; expected one of the DDPM family (DDPM, DDIM, PNDM …): "
+            f"put the one that the model was trained with into {file.parent}"
+        )
     prediction = config.get("prediction_type", "epsilon")
-    if prediction not in TARGETS:
+    if not isinstance(prediction, str) or prediction not in TARGETS:
         raise ModelError(f"prediction type {prediction!r} is not supported; expected {', '.join(TARGETS)}")
-    alphas = DDPMScheduler.from_config(config).alphas_cumprod.double()
+    if not isinstance(steps, int) or steps < 1:
+        raise ModelError(f"{file}: num_train_timesteps is {steps!r}; expected a whole number, at least 1")
+    try:
+        alphas = DDPMScheduler.from_config(config).alphas_cumprod.double()
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(f"{file}: {_line(error)}; expected betas as diffusers' DDPMScheduler takes them") from None
+    if not len(alphas):
+        raise ModelError(f"{file}: the noise schedule has no timesteps; expected at least one beta in trained_betas")
     if not bool(torch.isfinite(alphas).all()) or not bool(((alphas >= 0) & (alphas <= 1)).all()):
         raise ModelError(f"{file}: the noise schedule leaves 0 … 1")
     return NoiseSchedule(tuple(alphas.tolist()), prediction, "snr" if prediction == "sample" else "uniform")
+
+
+def _has_betas(kind: object) -> bool:
+    """Whether this is a scheduler with betas. For others DDPMScheduler takes its own: those of another model."""
+    if not isinstance(kind, type) or not issubclass(kind, SchedulerMixin):
+        return False
+    return "beta_schedule" in inspect.signature(kind).parameters
 
 
 def _unconditional(unet: UNet2DModel, schedule: NoiseSchedule, resolution: int | None) -> Any:
@@ -426,11 +514,14 @@ def _stable_diffusion(
     unet: UNet2DConditionModel, schedule: NoiseSchedule, parts: Path, resolution: int | None
 ) -> tuple[Any, str]:
     vae = _load(AutoencoderKL, parts / "vae")
+    reads, makes = unet.config.in_channels, vae.config.latent_channels
+    if reads != makes:
+        raise ModelError(
+            f"the unet reads {reads} channels and the VAE makes {makes}; expected as many; "
+            f"copy the vae folder of the base model to {parts}, or pass a model that is shown a noised image alone"
+        )
     text_encoder = _load(CLIPTextModel, parts / "text_encoder")
-    folder = parts / "tokenizer"
-    if not folder.is_dir():
-        raise ModelError(f"{folder} is missing; copy the tokenizer folder of the base model to {parts}")
-    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = _load_tokenizer(parts / "tokenizer", text_encoder)
     side = _side(unet, resolution, 2 ** (len(vae.config.block_out_channels) - 1))
     facts = (vae.config.scaling_factor, vae.config.shift_factor, tokenizer.model_max_length)
     sha = _sha(
@@ -441,6 +532,28 @@ def _stable_diffusion(
         ]
     )
     return _StableDiffusion(unet, vae, text_encoder, tokenizer, schedule, side), sha
+
+
+def _load_tokenizer(folder: Path, text_encoder: CLIPTextModel) -> CLIPTokenizer:
+    """The tokenizer of that text encoder. One without its files loads as well, and then all captions are one to it."""
+    advice = f"copy the tokenizer folder of the base model to {folder.parent}"
+    if not folder.is_dir():
+        raise ModelError(f"{folder} is missing; {advice}")
+    if not any(all((folder / name).is_file() for name in names) for names in _VOCABULARIES):
+        raise ModelError(f"{folder} holds no tokenizer.json, nor vocab.json with merges.txt; {advice}")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises nothing more special
+        raise ModelError(f"{folder} cannot be loaded: {_line(error)}; {advice}") from None
+    vectors, longest = text_encoder.config.vocab_size, text_encoder.config.max_position_embeddings
+    if not vectors - _PADDING < len(tokenizer) <= vectors:
+        raise ModelError(f"{folder} has {len(tokenizer)} tokens, and the text encoder vectors for {vectors}; {advice}")
+    length = tokenizer.model_max_length
+    if not isinstance(length, int) or not 1 <= length <= longest:
+        raise ModelError(
+            f"{folder}: model_max_length is {length!r}; expected 1 … {longest}, what the text encoder reads; {advice}"
+        )
+    return tokenizer
 
 
 def _side(unet: nn.Module, resolution: int | None, factor: int) -> int:
@@ -466,6 +579,7 @@ def _add_lora(denoiser: Any, unet: nn.Module, lora: Path, notes: list[str]) -> s
         raise ModelError(f"there is no LoRA at {file}; expected a .safetensors file, or a folder with {LORA_FILE}")
     if not isinstance(unet, UNet2DConditionModel):
         raise ModelError("a LoRA needs a StableDiffusionPipeline as its base; this model is unconditional")
+    _refuse_dora(file)
     try:
         state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
             str(file), return_lora_metadata=True, local_files_only=True, unet_config=unet.config
@@ -485,7 +599,7 @@ def _add_lora(denoiser: Any, unet: nn.Module, lora: Path, notes: list[str]) -> s
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, ModelError):
             raise
-        raise ModelError(f"{file} does not fit the model: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"{file} does not fit the model: {_line(error)}") from None
     loaded = {name: p for name, p in unet.named_parameters() if "lora_" in name}
     expected = sum(name.startswith("unet.") and "lora" in name for name in state)
     if not loaded or len(loaded) != expected:
@@ -500,6 +614,17 @@ def _add_lora(denoiser: Any, unet: nn.Module, lora: Path, notes: list[str]) -> s
         (name, sorted(module.scaling.items())) for name, module in unet.named_modules() if hasattr(module, "scaling")
     )
     return _sha([_tensors_sha(state).encode(), repr(scalings).encode()])
+
+
+def _refuse_dora(file: Path) -> None:
+    """Refuse an adapter with magnitudes: it is not its base where lora_B = 0, and diffusers drops some in silence."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            odd = [name for name in tensors.keys() if any(part in name for part in _DORA)]  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file} cannot be read: {_line(error)}") from None
+    if odd:
+        raise ModelError(f"{file} is a DoRA ({odd[0]}); not supported: pass a LoRA without magnitudes")
 
 
 def _select(unet: nn.Module, adapter: bool, globs: str | None) -> dict[str, nn.Parameter]:

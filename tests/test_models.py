@@ -4,12 +4,14 @@ import shutil
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from networks import fill
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_ddpm, tiny_lora, tiny_stable_diffusion
+from tiny_models import tiny_ddpm, tiny_lora, tiny_stable_diffusion, tiny_tokenizer
 
 from influence import keys
 from influence.errors import ModelError
-from influence.models import load_denoiser, save_denoiser
+from influence.models import add_fresh_lora, load_denoiser, save_denoiser, save_lora
 
 
 @pytest.fixture(scope="module")
@@ -256,3 +258,206 @@ def test_a_saved_denoiser_is_the_same_model(folder, tmp_path):
     assert changed(denoiser.identity, identity(tmp_path / "copy")) == set()
     with pytest.raises(ModelError, match="exists already"):
         save_denoiser(denoiser, tmp_path / "copy", base=folder / "sd")
+
+
+@torch.no_grad()
+def predicted(denoiser):
+    x, t = pixels(2, 8, 4), torch.tensor([3, 700])
+    return denoiser.network(x, t, torch.from_numpy(keys.normal(("condition",), (2, 16, 16))))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alpha", [1.0, 2.0, 8.0])
+def test_a_saved_lora_has_its_alpha(folder, tmp_path, alpha):
+    trained = load_denoiser(folder / "sd")
+    add_fresh_lora(trained, rank=2, alpha=alpha, targets="to_q,to_k", seed=0)
+    for name, parameter in trained.parameters.items():
+        parameter.copy_(torch.from_numpy(keys.normal(("trained", name), tuple(parameter.shape))) / 4)
+    file = save_lora(trained, tmp_path)
+    found = load_denoiser(folder / "sd", lora=file)
+    assert torch.equal(predicted(found), predicted(trained))
+    assert not torch.allclose(predicted(found), predicted(load_denoiser(folder / "sd")), atol=1e-3)
+    pipe = StableDiffusionPipeline.from_pretrained(folder / "sd", safety_checker=None)
+    pipe.load_lora_weights(file)  # as others read it
+    scalings = {scale for module in pipe.unet.modules() for scale in getattr(module, "scaling", {}).values()}
+    assert scalings == {alpha / 2}
+    assert str(tmp_path) not in file.read_bytes().decode("latin1")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options", [{"alpha_pattern": {"attn1.to_q": 20}}, {"rank_pattern": {"attn2.to_v": 3}}, {"use_rslora": True}]
+)
+def test_a_saved_lora_has_what_its_outputs_depend_on(folder, tmp_path, options):
+    trained = load_denoiser(folder / "sd")
+    config = LoraConfig(r=2, lora_alpha=5, target_modules=["to_q", "to_v"], init_lora_weights=False, **options)
+    trained.network.unet.add_adapter(config, adapter_name="default_0")
+    found = load_denoiser(folder / "sd", lora=save_lora(trained, tmp_path))
+    assert torch.equal(predicted(found), predicted(trained))
+
+
+def kohya_lora(source, file, alpha):
+    """A LoRA of diffusers under kohya's names, which have α beside each layer."""
+    state = {}
+    for name, tensor in load_file(source).items():
+        layer, part = name.removeprefix("unet.").rsplit(".lora_", 1)
+        layer = "lora_unet_" + layer.replace(".", "_")
+        state[f"{layer}.lora_{'down' if part.startswith('A') else 'up'}.weight"] = tensor
+        state[f"{layer}.alpha"] = torch.tensor(float(alpha))
+    save_file(state, file)
+    return file
+
+
+@torch.no_grad()
+def test_loras_of_other_trainers_have_the_alpha_of_their_keys_or_r(folder, tmp_path):
+    plain = folder / "lora" / "pytorch_lora_weights.safetensors"  # r = 2, and nothing says α
+    state = {n: 4 * tensor if "lora_B" in n else tensor for n, tensor in load_file(plain).items()}
+    save_file(state, tmp_path / "four.safetensors")
+    wanted = predicted(load_denoiser(folder / "sd", lora=tmp_path / "four.safetensors"))
+    for alpha, expected in ((2, predicted(load_denoiser(folder / "sd", lora=plain))), (8, wanted)):
+        file = kohya_lora(plain, tmp_path / f"kohya{alpha}.safetensors", alpha)
+        torch.testing.assert_close(predicted(load_denoiser(folder / "sd", lora=file)), expected)
+
+
+def test_a_dora_is_refused_since_its_base_cannot_be_had_from_it(folder, tmp_path):
+    unet = UNet2DConditionModel.from_pretrained(folder / "sd", subfolder="unet")
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k"], use_dora=True))
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(unet))
+    with pytest.raises(ModelError, match=r"is a DoRA \(unet\..*lora_magnitude_vector.*\); not supported: pass a LoRA"):
+        load_denoiser(folder / "sd", lora=tmp_path)
+    file = kohya_lora(folder / "lora" / "pytorch_lora_weights.safetensors", tmp_path / "kohya.safetensors", 2)
+    state = load_file(file)
+    state |= {name.replace("alpha", "dora_scale"): torch.ones(16, 1) for name in state if name.endswith("alpha")}
+    save_file(state, file)
+    with pytest.raises(ModelError, match=r"is a DoRA \(lora_unet_.*dora_scale\)"):
+        load_denoiser(folder / "sd", lora=file)
+
+
+def test_a_lora_file_that_is_none_is_refused(folder, tmp_path):
+    (tmp_path / "junk.safetensors").write_bytes(b"junk")
+    with pytest.raises(ModelError, match="junk.safetensors cannot be read"):
+        load_denoiser(folder / "sd", lora=tmp_path / "junk.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"_class_name": "EDMEulerScheduler"},
+            "scheduler EDMEulerScheduler is not supported; expected one of the DDPM",
+        ),
+        ({"_class_name": "ScoreSdeVeScheduler"}, "scheduler ScoreSdeVeScheduler is not supported"),
+        ({"_class_name": "CMStochasticIterativeScheduler"}, "scheduler CMStochasticIterativeScheduler is not"),
+        ({"_class_name": "UNet2DModel"}, "scheduler UNet2DModel is not supported"),
+        ({"_class_name": "utils"}, "scheduler utils is not supported"),
+        ({"_class_name": None}, "scheduler None is not supported"),
+        ({"prediction_type": ["epsilon"]}, r"prediction type \['epsilon'\] is not supported"),
+        ({"beta_schedule": "exponential"}, "scheduler_config.json: exponential is not implemented.*; expected betas"),
+        ({"beta_start": "x"}, "scheduler_config.json: .*; expected betas"),
+        ({"trained_betas": [], "rescale_betas_zero_snr": True}, "scheduler_config.json: .*; expected betas"),
+        ({"trained_betas": []}, "scheduler_config.json: the noise schedule has no timesteps"),
+        ({"num_train_timesteps": "x"}, "num_train_timesteps is 'x'; expected a whole number, at least 1"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps is 0; expected a whole number, at least 1"),
+        ({"num_train_timesteps": 2.5}, "num_train_timesteps is 2.5; expected a whole number, at least 1"),
+    ],
+)
+def test_a_noise_schedule_that_is_not_of_the_ddpm_family_is_refused_in_one_line(folder, tmp_path, fields, message):
+    with pytest.raises(ModelError, match=message) as refused:
+        load_denoiser(edited(folder / "ddpm", tmp_path, "scheduler/scheduler_config.json", **fields))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler", "LCMScheduler"]
+)
+def test_samplers_of_the_ddpm_family_say_the_schedule_of_the_training(folder, tmp_path, name):
+    found = load_denoiser(edited(folder / "sd", tmp_path, "scheduler/scheduler_config.json", _class_name=name))
+    assert found.schedule == load_denoiser(folder / "sd").schedule
+
+
+def with_tokenizer(folder, tmp_path, *, vocabulary=None, config=None, without=()):
+    """The tiny pipeline with a tokenizer in the older format: vocab.json and merges.txt."""
+    sd = tmp_path / "broken"
+    shutil.copytree(folder / "sd", sd)
+    shutil.rmtree(sd / "tokenizer")
+    tiny_tokenizer(sd / "tokenizer")
+    record = json.loads((folder / "sd" / "tokenizer" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (sd / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(record | (config or {})), encoding="utf-8")
+    if vocabulary is not None:
+        (sd / "tokenizer" / "vocab.json").write_text(vocabulary, encoding="utf-8")
+    for name in without:
+        (sd / "tokenizer" / name).unlink()
+    return sd
+
+
+def test_a_tokenizer_may_be_in_the_older_format(folder, tmp_path):
+    found, plain = load_denoiser(with_tokenizer(folder, tmp_path)), load_denoiser(folder / "sd")
+    assert changed(found.identity, plain.identity) == set()
+
+
+FEW = {"a": 0, "<|startoftext|>": 1, "<|endoftext|>": 2}
+MANY = {f"w{i}": i for i in range(600)} | {"<|startoftext|>": 600, "<|endoftext|>": 601}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"without": ["vocab.json", "merges.txt"]},
+            "holds no tokenizer.json, nor vocab.json with merges.txt; copy the",
+        ),
+        ({"without": ["merges.txt"]}, "holds no tokenizer.json, nor vocab.json with merges.txt; copy the tokenizer"),
+        (
+            {"without": ["tokenizer_config.json"]},
+            r"model_max_length is 10+\d*; expected 1 … 16, .*; copy the tokenizer",
+        ),
+        ({"config": {"model_max_length": 77}}, "model_max_length is 77; expected 1 … 16, what the text encoder reads"),
+        ({"config": {"model_max_length": "16"}}, "model_max_length is '16'; expected 1 … 16"),
+        ({"vocabulary": "{"}, r"tokenizer cannot be loaded: .*; copy the tokenizer folder of the base model"),
+        ({"vocabulary": json.dumps(FEW)}, "has 3 tokens, and the text encoder vectors for 514; copy the tokenizer"),
+        ({"vocabulary": json.dumps(MANY)}, "has 602 tokens, and the text encoder vectors for 514; copy the tokenizer"),
+    ],
+)
+def test_a_tokenizer_that_would_not_tell_captions_apart_is_refused(folder, tmp_path, changes, message):
+    with pytest.raises(ModelError, match=message) as refused:
+        load_denoiser(with_tokenizer(folder, tmp_path, **changes))
+    assert "\n" not in str(refused.value)
+
+
+def test_vectors_that_no_token_has_are_padding(folder, tmp_path):
+    sd = tmp_path / "padded"
+    shutil.copytree(folder / "sd", sd)
+    (file,) = (sd / "text_encoder").glob("*.safetensors")
+    tensors = load_file(file)
+    (name,) = (name for name in tensors if "token_embedding" in name)
+    tensors[name] = torch.cat([tensors[name], torch.zeros(62, 16)])
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((sd / "text_encoder" / "config.json").read_text())
+    (sd / "text_encoder" / "config.json").write_text(json.dumps(config | {"vocab_size": 576}))
+    assert torch.equal(load_denoiser(sd).encode_captions(["a"]), load_denoiser(folder / "sd").encode_captions(["a"]))
+
+
+def test_a_network_that_predicts_a_variance_too_is_refused(tmp_path):
+    tiny_ddpm(tmp_path / "m")
+    unet = UNet2DModel.from_config(UNet2DModel.load_config(tmp_path / "m" / "unet"), out_channels=6)
+    fill(unet, 0).save_pretrained(tmp_path / "m" / "unet")
+    with pytest.raises(ModelError, match="unet reads 3 channels and predicts 6; expected as many: .* pass a model"):
+        load_denoiser(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [
+        ({"in_channels": 9}, "unet reads 9 channels and predicts 4; expected as many: .* inpaint.* pass a model"),
+        (
+            {"in_channels": 8, "out_channels": 8},
+            "unet reads 8 channels and the VAE makes 4; expected as many; copy the",
+        ),
+    ],
+)
+def test_a_network_that_does_not_read_the_latents_of_the_vae_is_refused(folder, tmp_path, channels, message):
+    shutil.copytree(folder / "sd", tmp_path / "m")
+    config = UNet2DConditionModel.load_config(tmp_path / "m" / "unet")
+    fill(UNet2DConditionModel.from_config(config, **channels), 0).save_pretrained(tmp_path / "m" / "unet")
+    with pytest.raises(ModelError, match=message):
+        load_denoiser(tmp_path / "m")

@@ -175,7 +175,7 @@ def made_up(totals, batches=0, seed=0, spread=0.01, magnitude=10.0, images=5.0):
     variance = np.full(totals.shape, 0.04)
     return Creators(
         [f"c{i}" for i in range(count)], np.broadcast_to(images, count).astype(float), totals, totals**2,
-        np.full(len(totals), magnitude), totals + noise, variance, None, parts,
+        np.full(len(totals), magnitude), np.full(len(totals), np.nan), totals + noise, variance, None, parts,
     )  # fmt: skip
 
 
@@ -272,3 +272,77 @@ def test_losses_by_forwards_alone_are_those_of_the_features_in_the_same_precisio
     np.testing.assert_allclose(found.mean(1), taken.loss, rtol=1e-5)
     np.testing.assert_allclose([features.by_batch(row) for row in found], taken.loss_batch, rtol=1e-5)
     assert (np.diff(t, axis=1) >= 0).all()  # a draw from each stratum, in order
+
+
+def of_lora(base, lora, parameters=None):
+    """The fine-tuned model and its base, as a store of a LoRA has them."""
+    source = {"lora": str(lora), "model": str(base), "base": None, "base_model": None, "resolution": None}
+    source["parameters"] = parameters
+    finetuned = models.load_denoiser(base, lora=lora, parameters=parameters)
+    return finetuned, waypoints.load_base(source, finetuned, None, "cpu")
+
+
+@torch.no_grad()
+def predicted(denoiser, cond=None):
+    x = torch.randn(2, *denoiser.sample_shape, generator=torch.Generator().manual_seed(0))
+    cond = denoiser.encode_captions(["a", "b"]) if cond is None else cond
+    return denoiser.network(x, torch.tensor([5, 700]), cond)
+
+
+@pytest.mark.parametrize("parameters", ["*attn2*", "*lora_A*"])
+def test_the_way_of_a_lora_does_not_depend_on_which_parameters_are_selected(tmp_path, parameters):
+    sd = tiny_stable_diffusion(tmp_path / "sd")
+    tiny_lora(sd, tmp_path / "lora")
+    (whole, whole_base), (finetuned, base) = (of_lora(sd, tmp_path / "lora", p) for p in (None, parameters))
+    assert 0 < len(finetuned.parameters) < len(whole.parameters)
+    torch.testing.assert_close(predicted(base), predicted(models.load_denoiser(sd)), rtol=1e-5, atol=1e-5)
+    for part in (waypoints.MIDDLE, waypoints.LATE):
+        found, expected = models.between(base, finetuned, part), models.between(whole_base, whole, part)
+        assert torch.equal(predicted(found), predicted(expected))
+        assert not torch.allclose(predicted(found), predicted(finetuned), atol=1e-3)
+
+
+def test_the_way_of_a_full_fine_tune_moves_all_weights_whichever_are_selected(world):
+    source = {"lora": None, "model": str(world / "model"), "base": str(world / "base"), "base_model": None}
+    source |= {"resolution": None, "parameters": "conv_in.*"}
+    finetuned = models.load_denoiser(world / "model", parameters="conv_in.*")
+    middle = models.between(waypoints.load_base(source, finetuned, None, "cpu"), finetuned, waypoints.MIDDLE)
+    whole = [models.load_denoiser(world / name).network.state_dict() for name in ("base", "model")]
+    for name, value in middle.network.state_dict().items():
+        torch.testing.assert_close(value, (whole[0][name] + whole[1][name]) / 2)
+    assert set(middle.parameters) == {"conv_in.weight", "conv_in.bias"}
+
+
+def test_the_base_of_a_lora_encodes_captions_without_its_part_for_the_text_encoder(tmp_path):
+    sd = tiny_stable_diffusion(tmp_path / "sd")
+    tiny_lora(sd, tmp_path / "lora", text_encoder=True)
+    finetuned, base = of_lora(sd, tmp_path / "lora")
+    plain = models.load_denoiser(sd)
+    captions = ["a", "a red fox"]
+    adapted = finetuned.encode_captions(captions)
+    torch.testing.assert_close(base.encode_captions(captions), plain.encode_captions(captions), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(adapted, plain.encode_captions(captions), atol=1e-2)
+    torch.testing.assert_close(predicted(base), predicted(plain), rtol=1e-5, atol=1e-5)
+    middle = models.between(base, finetuned, waypoints.MIDDLE)
+    half = models.load_denoiser(sd, lora=tmp_path / "lora")
+    for module in vars(half).values():
+        if isinstance(module, torch.nn.Module):
+            for name, value in module.state_dict().items():
+                value.mul_(0.5 if "lora_B" in name else 1)
+    torch.testing.assert_close(middle.encode_captions(captions), half.encode_captions(captions))
+    torch.testing.assert_close(predicted(middle), predicted(half))
+    assert torch.equal(finetuned.encode_captions(captions), adapted)
+
+
+def test_between_two_text_encoders_captions_are_encoded_by_one_between(tmp_path):
+    start, end = (models.load_denoiser(tiny_stable_diffusion(tmp_path / str(seed), seed=seed)) for seed in (1, 2))
+    before, after = (each.encode_captions(["a fox"]) for each in (start, end))
+    middle = models.between(start, end, 0.5)
+    weights = [each._text_encoder.state_dict() for each in (start, middle, end)]
+    for name, value in weights[1].items():
+        torch.testing.assert_close(value, torch.lerp(weights[0][name], weights[2][name], 0.5))
+    found = middle.encode_captions(["a fox"])
+    assert not torch.allclose(found, before, atol=1e-3) and not torch.allclose(found, after, atol=1e-3)
+    assert torch.equal(end.encode_captions(["a fox"]), after)
+    same = models.between(end, end, 0.5)
+    assert same._text_encoder is end._text_encoder  # no copy where the fine-tune left it as it was
