@@ -34,3 +34,8 @@ class GradientError(InfluenceError, RuntimeError):
 
 class OptionError(InfluenceError, ValueError):
     """An option has a value that cannot be used."""
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in one line; some say nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -4,8 +4,10 @@ A subset gets as many epochs as the whole (as in D-TRAK's protocol: Zheng et al.
 takes away their steps and leaves those of the others.
 """
 
+import inspect
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from influence import models, training
+from influence import adapters, models, training
 from influence.errors import ModelError, OptionError
 from influence.models import Denoiser
 
@@ -27,15 +29,15 @@ class FineTune:
 
     epochs: int | float
     batch_size: int
-    learning_rate: float
+    learning_rate: int | float
     learning_rate_schedule: str = "cosine"
-    weight_decay: float = 0.01
+    weight_decay: int | float = 0.01
     ema_decay: float | None = None
     stratified: bool = True
     """Whether the timesteps of a batch are stratified."""
     lora_rank: int | None = None
     """r of the adapter; `None` trains all weights."""
-    lora_alpha: float | None = None
+    lora_alpha: int | float | None = None
     """α; r by default."""
     lora_targets: str = "to_q,to_k,to_v,to_out.0"
     """Ends of names of the layers that get an adapter, separated by commas."""
@@ -54,15 +56,56 @@ def read_recipe(path: str | Path) -> FineTune:
     """Read a `finetune.json`, or the one in a folder.
 
     Raises:
-        OptionError: It is missing, or not one.
+        OptionError: It is missing, not one, or has a value that no fine-tune can have.
     """
     file = Path(path) / RECIPE_FILE if Path(path).is_dir() else Path(path)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        return FineTune(**content)
+        if not isinstance(content, dict):
+            raise TypeError(f"it holds a {type(content).__name__}")
+        inspect.signature(FineTune).bind(**content)  # a field that is missing, or is none, is a TypeError
     except (OSError, ValueError, TypeError) as error:
         names = ", ".join(field.name for field in fields(FineTune))
         raise OptionError(f"{file} is no fine-tune recipe ({error}); expected a JSON object of {names}") from None
+    for name, value in content.items():
+        fits, expected = _VALUES[name]
+        if not fits(value):
+            raise OptionError(f"{file}: {name} is {json.dumps(value)}; expected {expected}; correct it there")
+    return FineTune(**content)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether JSON gave a finite number: a `true` is none, although Python counts with it."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _is_count(value: Any) -> bool:
+    return _is_positive(value) and isinstance(value, int)
+
+
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "epochs": (_is_positive, "a positive number"),
+    "batch_size": (_is_count, "a whole number of 1 or more"),
+    "learning_rate": (_is_positive, "a positive number"),
+    "learning_rate_schedule": (
+        lambda value: value in ("cosine", "constant"),
+        "cosine or constant, whichever has learning rates that add up to about the same (linear to 0: cosine)",
+    ),
+    "weight_decay": (lambda value: _is_number(value) and value >= 0, "a number of 0 or more"),
+    "ema_decay": (lambda value: value is None or (_is_number(value) and 0 < value < 1), "a number in 0 … 1, or null"),
+    "stratified": (lambda value: isinstance(value, bool), "true or false"),
+    "lora_rank": (lambda value: value is None or _is_count(value), "a whole number of 1 or more, or null"),
+    "lora_alpha": (lambda value: value is None or _is_positive(value), "a positive number, or null"),
+    "lora_targets": (
+        lambda value: isinstance(value, str) and all(part.strip() for part in value.split(",")),
+        "ends of names of layers, separated by commas",
+    ),
+}
+"""What a field of a recipe may be, and how to say so."""
 
 
 def find_recipe(model: str | Path, lora: str | Path | None) -> Path | None:
@@ -146,7 +189,7 @@ def require_absent(folder: str | Path, recipe: FineTune) -> None:
     Raises:
         ModelError: There is one.
     """
-    taken = Path(folder) if recipe.lora_rank is None else Path(folder) / models.LORA_FILE
+    taken = Path(folder) if recipe.lora_rank is None else Path(folder) / adapters.LORA_FILE
     if taken.exists():
         raise ModelError(f"{taken} exists already; choose another folder, or remove it")
 
@@ -162,5 +205,5 @@ def save(denoiser: Denoiser, recipe: FineTune, folder: str | Path, *, base: str 
         models.save_denoiser(denoiser, folder, base=base)
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        models.save_lora(denoiser, folder)
+        adapters.save(denoiser.network.unet, folder)
     (folder / RECIPE_FILE).write_text(json.dumps(asdict(recipe), indent=1) + "\n", encoding="utf-8")

@@ -3,7 +3,6 @@
 Weights are read from safetensors files alone, in float32; nothing is fetched and no code of a folder runs.
 """
 
-import contextlib
 import copy
 import fnmatch
 import hashlib
@@ -11,32 +10,27 @@ import inspect
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import diffusers
 import numpy as np
 import torch
-import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, UNet2DConditionModel, UNet2DModel
-from diffusers.utils import convert_state_dict_to_diffusers
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from influence import keys
+from influence import adapters
 from influence.diffusion import TARGETS, NoiseSchedule
-from influence.errors import ModelError
+from influence.errors import ModelError, one_line
+from influence.quiet import quiet
 
 PIPELINES = ("DDPMPipeline", "StableDiffusionPipeline")
-LORA_FILE = "pytorch_lora_weights.safetensors"
 _MAX_CAPTIONS = 1024
-_ADAPTER = "default_0"  # as diffusers names the first that it loads
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _PADDING = 128  # a table of vectors may be filled up to a multiple of this
-_DORA = ("lora_magnitude_vector", "dora_scale")  # in names of tensors: as peft has them, and other trainers
 
 
 @runtime_checkable
@@ -189,12 +183,14 @@ class _StableDiffusion:
         _move(self._text_encoder, theirs, part)
 
     def silence_lora(self) -> None:
-        """Make the adapters of both networks do nothing, whichever of their parameters are selected."""
-        for module in (self.network, self._text_encoder):
-            for name, parameter in module.named_parameters():
-                if "lora_B" in name:
-                    parameter.data.zero_()
+        """Make the adapters of both networks do nothing, as before they were trained."""
+        adapters.silence(self.network, self._text_encoder)
         self._captions = {}
+
+    def attach_lora(self, lora: Path, notes: list[str]) -> str:
+        """Put an adapter into both networks; its SHA-256."""
+        state, scalings = adapters.attach(self.network.unet, self._text_encoder, lora, notes)
+        return _sha([_tensors_sha(state).encode(), scalings.encode()])
 
 
 class _Network(nn.Module):
@@ -209,26 +205,6 @@ class _Network(nn.Module):
         if cond is None:
             return self.unet(x_t, t).sample
         return self.unet(x_t, t, encoder_hidden_states=cond).sample
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars or advice of transformers on stderr; its settings as before at the end."""
-    log = transformers.utils.logging
-    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(verbosity)
-        if bars:
-            log.enable_progress_bar()
-
-
-with _quiet():  # it remarks at import that torchvision, which nothing here needs, is absent
-    from diffusers import StableDiffusionPipeline
-    from peft import LoraConfig, get_peft_model_state_dict
 
 
 def load_denoiser(
@@ -252,7 +228,7 @@ def load_denoiser(
     Raises:
         ModelError: The folder is not one of these, lacks a part, or holds something that no stage supports.
     """
-    with _quiet():
+    with quiet():
         return _load_denoiser(Path(path), lora, parameters, resolution, device)
 
 
@@ -270,7 +246,7 @@ def _load_denoiser(
         denoiser, encoders = _unconditional(unet, schedule, resolution), hashlib.sha256(b"none").hexdigest()
     else:
         denoiser, encoders = _stable_diffusion(unet, schedule, parts, resolution)
-    adapter = None if lora is None else _add_lora(denoiser, unet, Path(lora), notes)
+    adapter = None if lora is None else _adapted(denoiser).attach_lora(Path(lora), notes)
     selected = _select(unet, adapter is not None, parameters)
     for module in vars(denoiser).values():
         if isinstance(module, nn.Module):
@@ -303,34 +279,13 @@ def save_denoiser(denoiser: Denoiser, path: str | Path, *, base: str | Path) -> 
 
 
 def add_fresh_lora(denoiser: Denoiser, *, rank: int, alpha: float, targets: str, seed: int) -> None:
-    """Put an untrained adapter into a StableDiffusionPipeline's UNet: A keyed, uniform as peft's own, B zero.
-
-    `denoiser.parameters` becomes the adapter's.
-
-    Args:
-        denoiser: A conditional model without an adapter.
-        rank: r.
-        alpha: α: the adapter's product is scaled by α/r.
-        targets: Ends of the names of the layers that get one, separated by commas.
-        seed: Key of A.
+    """Put an untrained adapter into the UNet, as `adapters.add_fresh` does; `denoiser.parameters` becomes its.
 
     Raises:
         ModelError: The model is unconditional, or no layer has such a name.
     """
-    unet: Any = denoiser.network.unet
-    if not isinstance(unet, UNet2DConditionModel):
-        raise ModelError("a LoRA needs a StableDiffusionPipeline as its base; this model is unconditional")
-    wanted = [target.strip() for target in targets.split(",")]
-    try:
-        unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=wanted), adapter_name=_ADAPTER)
-    except ValueError as error:
-        raise ModelError(f"LoRA targets {targets!r}: {str(error).splitlines()[0]}") from None
-    denoiser.parameters = _select(unet, True, None)
-    for name, parameter in denoiser.parameters.items():
-        u = torch.from_numpy(keys.uniform(("lora", seed, name), parameter.numel())).float().reshape(parameter.shape)
-        bound = (parameter.numel() / len(parameter)) ** -0.5
-        parameter.data.copy_(torch.zeros_like(u) if "lora_B" in name else (2 * u - 1) * bound)
-    unet.requires_grad_(False)
+    unet = _adapted(denoiser).network.unet
+    denoiser.parameters = adapters.add_fresh(unet, rank=rank, alpha=alpha, targets=targets, seed=seed)
 
 
 def silence_lora(denoiser: Denoiser) -> None:
@@ -341,39 +296,13 @@ def silence_lora(denoiser: Denoiser) -> None:
     Raises:
         ModelError: The model takes no adapter.
     """
+    _adapted(denoiser).silence_lora()
+
+
+def _adapted(denoiser: Any) -> _StableDiffusion:
     if not isinstance(denoiser, _StableDiffusion):
         raise ModelError("a LoRA needs a StableDiffusionPipeline as its base; this model is unconditional")
-    denoiser.silence_lora()
-
-
-def save_lora(denoiser: Denoiser, folder: str | Path) -> Path:
-    """Write the adapter of the UNet as diffusers' training scripts do: `pytorch_lora_weights.safetensors`.
-
-    α goes with it, since a reader who is not told takes r for it, which is another model.
-
-    Raises:
-        ModelError: There is a LoRA in the folder already.
-    """
-    file = Path(folder) / LORA_FILE
-    if file.exists():
-        raise ModelError(f"{file} exists already; choose another folder, or remove it")
-    unet: Any = denoiser.network.unet
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=_ADAPTER))
-    StableDiffusionPipeline.save_lora_weights(
-        folder, unet_lora_layers=layers, unet_lora_adapter_metadata=_metadata(unet), safe_serialization=True
-    )
-    return file
-
-
-def _metadata(unet: Any) -> dict[str, Any]:
-    """What the adapter's outputs depend on beside its tensors.
-
-    Not all of peft's config: a reader refuses fields that its own release of peft does not know.
-    """
-    names = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "lora_bias")
-    values = {name: getattr(unet.peft_config[_ADAPTER], name) for name in names}
-    # a set has another order in each process, and the file would have other bytes
-    return {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
+    return denoiser
 
 
 # Folders ------------------------------------------------------------------------------------------------------------
@@ -450,7 +379,7 @@ def _load(kind: Any, folder: Path) -> Any:
     try:
         module = kind.from_pretrained(folder, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder} cannot be loaded: {_line(error)}") from None
+        raise ModelError(f"{folder} cannot be loaded: {one_line(error)}") from None
     absent = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
     if absent:
         raise ModelError(f"{folder} has no weights for {absent[0]}; its config.json and its weights do not fit")
@@ -459,11 +388,6 @@ def _load(kind: Any, folder: Path) -> Any:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"{folder}: tensor {name} holds NaN or infinity; the weights are damaged")
     return module
-
-
-def _line(error: Exception) -> str:
-    """What an error says, in one line; some say nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _schedule(parts: Path, unet: nn.Module, notes: list[str]) -> NoiseSchedule:
@@ -490,7 +414,7 @@ def _schedule(parts: Path, unet: nn.Module, notes: list[str]) -> NoiseSchedule:
     try:
         alphas = DDPMScheduler.from_config(config).alphas_cumprod.double()
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ModelError(f"{file}: {_line(error)}; expected betas as diffusers' DDPMScheduler takes them") from None
+        raise ModelError(f"{file}: {one_line(error)}; expected betas as diffusers' DDPMScheduler takes them") from None
     if not len(alphas):
         raise ModelError(f"{file}: the noise schedule has no timesteps; expected at least one beta in trained_betas")
     if not bool(torch.isfinite(alphas).all()) or not bool(((alphas >= 0) & (alphas <= 1)).all()):
@@ -544,7 +468,7 @@ def _load_tokenizer(folder: Path, text_encoder: CLIPTextModel) -> CLIPTokenizer:
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises nothing more special
-        raise ModelError(f"{folder} cannot be loaded: {_line(error)}; {advice}") from None
+        raise ModelError(f"{folder} cannot be loaded: {one_line(error)}; {advice}") from None
     vectors, longest = text_encoder.config.vocab_size, text_encoder.config.max_position_embeddings
     if not vectors - _PADDING < len(tokenizer) <= vectors:
         raise ModelError(f"{folder} has {len(tokenizer)} tokens, and the text encoder vectors for {vectors}; {advice}")
@@ -569,62 +493,7 @@ def _side(unet: nn.Module, resolution: int | None, factor: int) -> int:
     return resolution
 
 
-# Adapters and parameters --------------------------------------------------------------------------------------------
-
-
-def _add_lora(denoiser: Any, unet: nn.Module, lora: Path, notes: list[str]) -> str:
-    """Put the adapter into the networks; its SHA-256."""
-    file = lora / LORA_FILE if lora.is_dir() else lora
-    if file.suffix != ".safetensors" or not file.is_file():
-        raise ModelError(f"there is no LoRA at {file}; expected a .safetensors file, or a folder with {LORA_FILE}")
-    if not isinstance(unet, UNet2DConditionModel):
-        raise ModelError("a LoRA needs a StableDiffusionPipeline as its base; this model is unconditional")
-    _refuse_dora(file)
-    try:
-        state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
-            str(file), return_lora_metadata=True, local_files_only=True, unet_config=unet.config
-        )
-        bad = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
-        if bad:
-            raise ModelError(f"{file}: tensor {bad[0]} holds NaN or infinity; the weights are damaged")
-        known = [name for name in state if name.startswith(("unet.", "text_encoder."))]
-        if len(known) < len(state):
-            odd = next(name for name in state if name not in known)
-            raise ModelError(f"{file}: {odd} belongs to no part of a StableDiffusionPipeline")
-        StableDiffusionPipeline.load_lora_into_unet(state, network_alphas=alphas, unet=unet, metadata=metadata)
-        if any(name.startswith("text_encoder.") for name in state):
-            StableDiffusionPipeline.load_lora_into_text_encoder(
-                state, network_alphas=alphas, text_encoder=denoiser._text_encoder, metadata=metadata
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError(f"{file} does not fit the model: {_line(error)}") from None
-    loaded = {name: p for name, p in unet.named_parameters() if "lora_" in name}
-    expected = sum(name.startswith("unet.") and "lora" in name for name in state)
-    if not loaded or len(loaded) != expected:
-        raise ModelError(
-            f"{file} has {expected} UNet tensors, of which {len(loaded)} fit the model; is it of this base?"
-        )
-    if any(name.startswith("text_encoder.") for name in state):
-        notes.append("the LoRA also changes the text encoder: applied, but gradients are of the UNet's adapter only")
-    if all(not bool(p.any()) for name, p in loaded.items() if "lora_B" in name):
-        notes.append("every lora_B is zero: this adapter was never trained, and gradients of lora_A are zero")
-    scalings = sorted(
-        (name, sorted(module.scaling.items())) for name, module in unet.named_modules() if hasattr(module, "scaling")
-    )
-    return _sha([_tensors_sha(state).encode(), repr(scalings).encode()])
-
-
-def _refuse_dora(file: Path) -> None:
-    """Refuse an adapter with magnitudes: it is not its base where lora_B = 0, and diffusers drops some in silence."""
-    try:
-        with safe_open(file, "pt") as tensors:
-            odd = [name for name in tensors.keys() if any(part in name for part in _DORA)]  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{file} cannot be read: {_line(error)}") from None
-    if odd:
-        raise ModelError(f"{file} is a DoRA ({odd[0]}); not supported: pass a LoRA without magnitudes")
+# Parameters and identity --------------------------------------------------------------------------------------------
 
 
 def _select(unet: nn.Module, adapter: bool, globs: str | None) -> dict[str, nn.Parameter]:
@@ -635,9 +504,6 @@ def _select(unet: nn.Module, adapter: bool, globs: str | None) -> dict[str, nn.P
     if not chosen:
         raise ModelError(f"--parameters {globs!r} matches none of {len(named)} parameters; one is {next(iter(named))}")
     return chosen
-
-
-# Identity -----------------------------------------------------------------------------------------------------------
 
 
 def _sha(parts: Iterable[bytes]) -> str:

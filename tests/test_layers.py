@@ -7,12 +7,12 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "influence"
 LAYERS = [
-    ["errors"],
+    ["errors", "quiet"],
     ["keys", "progress", "devices", "triton_sketch", "spreadsheet"],
     ["spec", "diffusion", "projection", "curvature", "significance"],
     ["royalties", "verdicts"],
     ["gradients", "scoring", "metrics", "similarity"],
-    ["features", "commit", "memory"],
+    ["features", "commit", "memory", "adapters"],
     ["allocation", "datasets", "models", "shards", "exclusions", "training"],
     ["items", "finetuning"],
     ["store", "executors", "typefaces", "horizon", "taking"],

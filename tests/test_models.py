@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_ddpm, tiny_lora, tiny_stable_diffusion, tiny_tokenizer
 
-from influence import keys
+from influence import adapters, keys
 from influence.errors import ModelError
-from influence.models import add_fresh_lora, load_denoiser, save_denoiser, save_lora
+from influence.models import add_fresh_lora, load_denoiser, save_denoiser
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +273,7 @@ def test_a_saved_lora_has_its_alpha(folder, tmp_path, alpha):
     add_fresh_lora(trained, rank=2, alpha=alpha, targets="to_q,to_k", seed=0)
     for name, parameter in trained.parameters.items():
         parameter.copy_(torch.from_numpy(keys.normal(("trained", name), tuple(parameter.shape))) / 4)
-    file = save_lora(trained, tmp_path)
+    file = adapters.save(trained.network.unet, tmp_path)
     found = load_denoiser(folder / "sd", lora=file)
     assert torch.equal(predicted(found), predicted(trained))
     assert not torch.allclose(predicted(found), predicted(load_denoiser(folder / "sd")), atol=1e-3)
@@ -292,7 +292,7 @@ def test_a_saved_lora_has_what_its_outputs_depend_on(folder, tmp_path, options):
     trained = load_denoiser(folder / "sd")
     config = LoraConfig(r=2, lora_alpha=5, target_modules=["to_q", "to_v"], init_lora_weights=False, **options)
     trained.network.unet.add_adapter(config, adapter_name="default_0")
-    found = load_denoiser(folder / "sd", lora=save_lora(trained, tmp_path))
+    found = load_denoiser(folder / "sd", lora=adapters.save(trained.network.unet, tmp_path))
     assert torch.equal(predicted(found), predicted(trained))
 
 
