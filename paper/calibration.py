@@ -215,6 +215,16 @@ def coverage(made: influence.Store, asked: pd.DataFrame, scored: Scored, count: 
     return float(inside.mean()), len(inside)
 
 
+def finds_itself(made: influence.Store, work: Path) -> tuple[float, int]:
+    """How often a training picture, asked about, has q ≤ 0.1 itself; of all training pictures."""
+    files = made.items.drop_duplicates("item_id")
+    paths = [str(work / "dataset" / name) for name in files["file_name"]]
+    prompts = files["caption"].fillna("").tolist() if made.spec.conditional else None
+    table = influence.attribute(paths, made, k=None, draws=DRAWS, prompt=prompts, intervals=False, message=say)
+    own = table[table["item_id"] == table["query"].map(dict(zip(paths, files["item_id"], strict=True)))]
+    return float((own["q_value"] <= 0.1).mean()), len(own)
+
+
 def distances(made: influence.Answers, name: str, asked: pd.DataFrame) -> pd.DataFrame:
     """Total variation between the shares of each estimator and exact Shapley shares, by kind of query.
 
@@ -273,6 +283,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder that ground_truth.py made")
     parser.add_argument("--pictures", type=Path, nargs="+", default=[], help="what data/emoji.py made")
     parser.add_argument("--pairs", type=int, nargs=2, default=(10, 40), help="queries and images for coverage")
+    parser.add_argument("--every", action="store_true", help="ask about all training pictures")
     options = parser.parse_args()
     name, work = options.truth, options.work
     made = build(name, work, options.pictures)
@@ -313,6 +324,9 @@ def main() -> None:
         f"| trained queries: the picture itself has q ≤ 0.1 (a single image can reach {smallest:.3f}) | "
         f"{np.mean([row.q_value <= 0.1 for row in own]):.0%} |"
     )
+    if options.every:
+        found, n = finds_itself(made, work)
+        show(f"| every training picture as a query (n = {n}): the picture itself has q ≤ 0.1 | {found:.1%} |")
     answered = answers.of_scored(scored, clusters, usage=np.ones(len(asked)), truth=PAPER / "truth" / name, message=say)
     words = answered.queries.assign(kind=asked["kind"]).groupby(["kind", "verdict"]).size().unstack(fill_value=0)
     show("", "Verdicts:", "", words.to_markdown(), "")
