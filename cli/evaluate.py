@@ -68,7 +68,7 @@ def _begin(
         )
     folders = dict(query.split("=", 1) for query in queries)
     made = influence.open_store(store)
-    opened = influence.truth_of(made, truth, base=base, queries=folders, recipe=recipe)
+    opened = influence.truth_of(made, truth, base=base, queries=folders, recipe=recipe, message=say)
     scores = {
         method: influence.score_matrix(made, opened, method=method, progress=show, message=say, **options)
         for method in methods or [influence.default_method(made.source)]

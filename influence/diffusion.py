@@ -109,7 +109,8 @@ def bits(schedule: NoiseSchedule, t: Int[Tensor, " rows"]) -> Float64[Tensor, " 
     T · ½ (SNR(t − 1) − SNR(t)) · mean((x₀ − x̂₀)²) / ln 2 with SNR = ᾱ / (1 − ᾱ) (Kingma et al., 2021, for the bound of
     Ho et al., 2020), where the error of x̂₀ is that of the target times 1/SNR (epsilon), 1 − ᾱ (v) or 1 (sample). Left
     out are the prior's term, in which no network stands, that of t = 0, which depends on how pixels are read out, and
-    for epsilon that of a t where x_t is noise alone, from which no x̂₀ follows.
+    that of a t where x_t is noise alone (SNR = 0) if ℓ does not tell the error of x̂₀ there: for epsilon, from which no
+    x̂₀ follows, and where the weighting is by SNR, so that ℓ = 0 whatever was predicted.
     """
     a = _table(schedule, t.device)
     snr = a / (1 - a)
@@ -117,7 +118,8 @@ def bits(schedule: NoiseSchedule, t: Int[Tensor, " rows"]) -> Float64[Tensor, " 
     inverse = torch.where(snr > 0, 1 / snr, torch.zeros_like(snr))
     error = {"epsilon": inverse, "v_prediction": 1 - a, "sample": torch.ones_like(a)}[schedule.prediction]
     whole = schedule.num_timesteps * fallen * error / (2 * math.log(2))
-    return whole[t] / weight(schedule, t).double()
+    w = weight(schedule, t).double()
+    return torch.where(w > 0, whole[t] / w, torch.zeros_like(w))
 
 
 def losses(

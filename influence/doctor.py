@@ -1,6 +1,6 @@
 """Checks of a user's own store, without retraining: would scores come out the same again, and do they mean anything?"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 
 from influence import attribution, datasets, derived, keys, loading, metrics, pipeline, scoring, taking, training
 from influence.curvature import Curvature, curvature
-from influence.errors import OptionError
+from influence.errors import DatasetError, OptionError
 from influence.features import Features
 from influence.loading import Loaded
 from influence.progress import Message, Progress, silent
@@ -51,6 +51,7 @@ def doctor(
 
     Raises:
         OptionError: The method reads other features.
+        DatasetError: None of the store's images is in the data set any more.
     """
     chosen = METHODS[method]
     if chosen.family != "loss" or chosen.elsewhere:
@@ -64,7 +65,7 @@ def doctor(
     data = pipeline.read(store.source["dataset"], loaded.denoiser, store.source["creator_column"], silent, silent)
     items = {item.item_id: item for item in data.items}
     ids, phi = _stored(store)
-    order = sorted(range(len(ids)), key=lambda i: keys.digest("doctor", ids[i]))
+    order = _there(store, ids, items, message)
     sample = order[:SAMPLE]
     picked = [items[ids[i]] for i in sample]
     queries = [(item.path, item.caption) for item in picked[:SELF_QUERIES]]
@@ -139,6 +140,24 @@ def _stored(store: Store) -> tuple[list[str], np.ndarray]:
     """Ids and φ of all images."""
     parts = [(content.item_ids, content.phi) for content in store.blocks("loss")]
     return [item_id for ids, _ in parts for item_id in ids], np.concatenate([phi for _, phi in parts])
+
+
+def _there(store: Store, ids: Sequence[str], items: Mapping[str, datasets.Item], message: Message) -> list[int]:
+    """Numbers of the images that are still in the data set, in the order in which they are sampled.
+
+    The features of the others stand in the store as before and are ranked like all; they cannot be taken again.
+
+    Raises:
+        DatasetError: There is none.
+    """
+    there = [i for i, item_id in enumerate(ids) if item_id in items]
+    count, where = len(ids) - len(there), store.source["dataset"]
+    gone = f"{count} of {len(ids)} images of store {store.path.name} are not in {where} any more"
+    if not there:
+        raise DatasetError(f"{gone}; the doctor takes some again: put them back, or build another --store")
+    if count:
+        message(f"{gone}: the doctor samples the others")
+    return sorted(there, key=lambda i: keys.digest("doctor", ids[i]))
 
 
 def _train_features(

@@ -85,9 +85,7 @@ def _require_several(parts: Sequence[Scored]) -> None:
     for part in parts:
         name, features = part.store.path.name, part.store.family_hash("loss")
         if features in seen:
-            raise OptionError(
-                f"stores {seen[features]} and {name} have the same features; expected two models"
-            )
+            raise OptionError(f"stores {seen[features]} and {name} have the same features; expected two models")
         seen[features] = name
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from influence import datasets, finetuning, keys, metrics, retraining, training
 from influence.attribution import attribute
 from influence.errors import OptionError
-from influence.progress import Progress, silent
+from influence.progress import Message, Progress, silent
 from influence.retraining import Query, Retrainer, Run, Truth
 from influence.store import Store
 
@@ -35,6 +35,7 @@ def truth_of(
     queries: Mapping[str, str | Path],
     recipe: str | Path | None = None,
     draws: int = 64,
+    message: Message = silent,
 ) -> Truth:
     """Begin, or open, a truth of the fine-tune that a store was built of.
 
@@ -45,6 +46,7 @@ def truth_of(
         queries: For each kind of query (`generated`, `trained`, `unseen`, …) a folder of pictures, read as a data set.
         recipe: `finetune.json`; by default the one beside the fine-tuned model or LoRA.
         draws: Draws (t, ε) of a query's loss.
+        message: Called with refusals and remarks on the queries, one line each.
 
     Raises:
         OptionError: There is no recipe or no query, or the folder holds another truth.
@@ -53,11 +55,13 @@ def truth_of(
     if recipe is None:
         place = Path(source["model"] if source["lora"] is None else source["lora"])
         recipe = place if place.is_dir() else place.parent
-    found = [
-        Query(str(item.path), kind, item.caption if store.spec.conditional else None)
-        for kind, pictures in queries.items()
-        for item in datasets.read_dataset(pictures).items
-    ]
+    found = []
+    for kind, pictures in queries.items():
+        data = datasets.read_dataset(pictures)
+        for line in [*data.notes, *(f"refused {refusal.file_name}: {refusal.reason}" for refusal in data.refused)]:
+            message(f"queries {kind}: {line}")
+        captions = [item.caption if store.spec.conditional else None for item in data.items]
+        found += [Query(str(item.path), kind, text) for item, text in zip(data.items, captions, strict=True)]
     if not found:
         raise OptionError("there are no queries; name folders of pictures, as in --queries generated=DIR")
     return retraining.create(
@@ -124,7 +128,7 @@ def coalition_runs(truth: Truth, seeds: int) -> dict[frozenset[str], list[Run]]:
     """All coalitions of owners, each with every training seed."""
     masks = retraining.coalitions([item.creator for item in truth.items])
     return {
-        owners: [Run(_coalition_name(owners), mask, seed) for seed in range(seeds)] for owners, mask in masks.items()
+        owners: [Run(coalition_name(owners), mask, seed) for seed in range(seeds)] for owners, mask in masks.items()
     }
 
 
@@ -219,16 +223,19 @@ def kept_shapley(folder: str | os.PathLike[str]) -> tuple[list[str], dict[str, F
     journal = retraining.read_runs(Path(folder), len(owners))
     values = {}
     for coalition in retraining.coalitions(owners):
-        found = journal[journal["name"] == _coalition_name(coalition)]
+        found = journal[journal["name"] == coalition_name(coalition)]
         if not len(found):
             raise OptionError(
-                f"the truth in {folder} lacks {_coalition_name(coalition)!r}; influence evaluate shapley completes it"
+                f"the truth in {folder} lacks {coalition_name(coalition)!r}; influence evaluate shapley completes it"
             )
         values[coalition] = -np.stack(found["loss"].tolist()).mean(0)
     return ids, metrics.shapley(values)
 
 
-def _coalition_name(owners: frozenset[str]) -> str:
+def coalition_name(owners: frozenset[str]) -> str:
+    """The name of a coalition's runs in the journal of a truth: no two coalitions have the same."""
+    if any(" + " in owner for owner in owners):
+        return "owners as JSON: " + json.dumps(sorted(owners), ensure_ascii=False)
     return "owners: " + " + ".join(sorted(owners))
 
 

@@ -1,13 +1,12 @@
 """A fine-tune done again for half of its epochs, whose gradients `build` takes beside those of the whole one."""
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from influence import datasets, finetuning, retraining
 from influence.devices import chosen
+from influence.progress import Message, Progress, silent
 
 
 def halve(
@@ -19,10 +18,12 @@ def halve(
     resolution: int | None = None,
     seed: int = 0,
     device: str = "auto",
-    progress: Callable[[str, int, int], Any] = lambda *_: None,
+    progress: Progress = silent,
+    message: Message = silent,
 ) -> Path:
     """Fine-tune the base on the data set as a recipe says, for half of its epochs, and save what came of it.
 
+    A picture of which there are several files is trained on as often, as in the whole fine-tune and as `build` counts.
     The learning rate falls to its end within these epochs, as it would in a fine-tune on half of the images. Whoever
     trains with another tool does the same there.
 
@@ -35,6 +36,7 @@ def halve(
         seed: Key of the order of the images, the timesteps and the noise.
         device: Where to train: `auto`, `cpu`, `cuda` …
         progress: Called with `fine-tune`, steps done and steps in all.
+        message: Called with assumptions, refusals and warnings, one line each.
 
     Returns:
         `out`.
@@ -46,9 +48,11 @@ def halve(
     half = replace(whole, epochs=whole.epochs / 2)
     finetuning.require_absent(out, half)
     denoiser = finetuning.start(base, half, resolution=resolution, device=chosen(device))
-    found = datasets.read_dataset(dataset, captions_required=denoiser.conditional).items
-    items = sorted({item.item_id: item for item in found}.values(), key=lambda item: item.item_id)
-    x0, cond = retraining.encode(denoiser, [item.path for item in items], [item.caption for item in items])
+    data = datasets.read_dataset(dataset, captions_required=denoiser.conditional)
+    for line in [*denoiser.notes, *data.notes, *(f"refused {r.file_name}: {r.reason}" for r in data.refused)]:
+        message(line)
+    items = retraining.in_order(data.items)
+    x0, cond = retraining.encode_items(denoiser, items)
     steps = half.steps(len(items))
     finetuning.fine_tune(
         denoiser, half, x0, cond, seed=seed, progress=lambda step, _: progress("fine-tune", step, steps)

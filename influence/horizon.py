@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from influence import diffusion, keys
+from influence import diffusion, gradients, keys
 from influence.devices import exact
 from influence.errors import GradientError
 from influence.models import Denoiser
@@ -45,7 +45,7 @@ def second_moments(
         seed: Key of the timesteps and the noise.
 
     Raises:
-        GradientError: No batch has finite gradients.
+        GradientError: No batch has finite gradients, or a parameter plays no part in the prediction.
     """
     v: dict[str, Tensor] = {}
     for part, denoiser in points:
@@ -62,8 +62,8 @@ def _mean_squares(denoiser: Denoiser, batches: Batches, batch_size: int, seed: i
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         for number, (x0, cond) in enumerate(batches):
-            gradients = _gradient(denoiser, x0, cond, (seed, number))
-            squares = [gradient.float().square().mul_(len(x0) / batch_size) for gradient in gradients]
+            found = _gradient(denoiser, x0, cond, (seed, number))
+            squares = [gradient.float().square().mul_(len(x0) / batch_size) for gradient in found]
             if not all(bool(square.sum().isfinite()) for square in squares):
                 continue  # the image is refused by name when its own features are taken
             count += 1
@@ -132,4 +132,6 @@ def _gradient(denoiser: Denoiser, x0: Tensor, cond: Tensor | None, key: tuple[in
     with torch.enable_grad():
         prediction = denoiser.network(diffusion.noised(schedule, x0, t, eps), t, cond)
         loss = diffusion.losses(schedule, prediction, x0, t, eps).mean()
-        return torch.autograd.grad(loss, list(denoiser.parameters.values()))
+        found = torch.autograd.grad(loss, list(denoiser.parameters.values()), allow_unused=True)
+    gradients._refuse_missing([n for n, grad in zip(denoiser.parameters, found, strict=True) if grad is None])
+    return found

@@ -142,7 +142,7 @@ def build(
     run_shards(made, "loss", loaded, options, data, workers, progress, message)
     parts = [(made, options, data)]
     if controls is not None:
-        parts.append(_controls(made, loaded, options, controls, source, message))
+        parts.append(_controls(made, loaded, options, data, controls, source, message))
         run_shards(parts[1][0], "loss", loaded, parts[1][1], parts[1][2], workers, progress, message)
     for family in METHODS[default_method(made.source)].elsewhere:
         todo = [part for part in parts if part[0].missing(family)]
@@ -272,7 +272,7 @@ def settled(
     A store that is there already has them: features that are added to it must meet those that it has.
 
     Raises:
-        OptionError: The metric is unknown, or is not that of the store.
+        OptionError: The metric is unknown; or it, the base or the model of half the length is not that of the store.
     """
     if metric not in (None, *horizon.METRICS):
         raise OptionError(f"metric {metric!r} is unknown; expected {' or '.join(horizon.METRICS)}")
@@ -282,6 +282,11 @@ def settled(
             raise OptionError(
                 f"store {path.name} was made without this model of half the length; leave out --half, or build another "
                 "store"
+            )
+        if source["lora"] is None and source["base_model"] not in (None, made.source.get("base_model")):
+            raise OptionError(
+                f"store {path.name} was made without this model before the fine-tune; leave out --base, or build "
+                "another store with it"
             )
         if recipe is not None:
             message(f"store {path.name} keeps the damping that it was made with: --recipe is not read again")
@@ -367,7 +372,9 @@ def read_controls(
     members: Collection[str],
     message: Message,
 ) -> datasets.Dataset:
-    """Read the control images: those of a folder that were not trained on.
+    """Read the control images: those of a folder that were not trained on, with whatever caption.
+
+    `members` has the ids of the training images, and of their pictures.
 
     Raises:
         DatasetError: None is left, or the folder cannot be read.
@@ -375,10 +382,11 @@ def read_controls(
     data = datasets.read_dataset(Path(controls), creator_column=creator_column, captions_required=denoiser.conditional)
     for note in [*data.notes, *(f"refused {refusal.file_name}: {refusal.reason}" for refusal in data.refused)]:
         message(f"controls: {note}")
-    trained = [item for item in data.items if item.item_id in members]
-    if trained:
-        message(f"controls: {len(trained)} are training images and left out, {trained[0].file_name} first")
-    others = replace(data, items=[item for item in data.items if item.item_id not in members])
+    trained = [item.item_id in members or item.picture_id in members for item in data.items]
+    if any(trained):
+        first = data.items[trained.index(True)].file_name
+        message(f"controls: {sum(trained)} are training images and left out, {first} first")
+    others = replace(data, items=[item for item, member in zip(data.items, trained, strict=True) if not member])
     if not others.items:
         raise DatasetError(f"{controls} holds no image that was not trained on; pass others as controls")
     return others
@@ -388,12 +396,13 @@ def _controls(
     made: Store,
     loaded: Loaded,
     options: BuildOptions,
+    data: datasets.Dataset,
     controls: str | os.PathLike[str],
     source: dict[str, Any],
     message: Message,
 ) -> tuple[Store, BuildOptions, datasets.Dataset]:
     """A store of control images inside the store, without curvature rows; how it is built, and its images."""
-    members = set(made.items["item_id"]) | made.excluded
+    members = {*made.items["item_id"], *made.excluded, *(item.picture_id for item in data.items)}
     others = read_controls(controls, loaded.denoiser, source["creator_column"], members, message)
     options = replace(options, dataset=str(Path(controls).absolute()))
     before = made.controls()

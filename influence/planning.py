@@ -81,7 +81,7 @@ def plan(
     loaded = loading.prepared(denoiser, chosen, message)
     others = None
     if controls is not None:
-        members = {item.item_id for item in data.items}
+        members = {name for item in data.items for name in (item.item_id, item.picture_id)}
         others = pipeline.read_controls(controls, denoiser, creator_column, members, message)
     _, rate = pipeline.curvature_budget(chosen, data, curvature_rows)
     setup = time.perf_counter() - start
@@ -117,6 +117,11 @@ def plan(
             layout = shards.layout(len(ids), family_rows, k, batches)
             disk += shards.size(layout) + _FILES * -(-len(ids) // per_shard)
     commonest = {shape[0]: shape for shape in sorted(rows, key=rows.__getitem__)}
+    measured = metric == "adamw" or pipeline.own_recipe(chosen, recipe_file) is not None
+    if measured and 0 not in commonest:  # every draw gives a curvature row, and the passes of the metric have none
+        like = max(commonest.values(), key=rows.__getitem__)
+        commonest[0] = (0, *like[1:])
+        draws[commonest[0]] = draws[like]
 
     items = sorted({item.item_id: item for item in data.items}.values(), key=lambda item: item.item_id)
     sample = items[: max(shape[1] for shape in commonest.values())]
@@ -139,7 +144,7 @@ def plan(
         seconds += per_row * sum(count for s, count in rows.items() if s[0] == num_probes)
         if num_probes and metric == "adamw":
             seconds += per_row * len(pipeline.pilots(chosen, data)) * chosen.draws
-        if not num_probes and (metric == "adamw" or pipeline.own_recipe(chosen, recipe_file) is not None):
+        if not num_probes and measured:
             points = 3 if base_is_known(source) else 1
             seconds += per_row * points * horizon.BATCHES * horizon.ROWS  # about: a plain pass, without features
     return {

@@ -6,6 +6,7 @@ tensor, 1 unless `scales` says otherwise: the metric that gradients are compared
 """
 
 import math
+import subprocess
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -72,12 +73,16 @@ def _block_adder(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tens
         return _add_slices
     if device.type != "cuda" or find_spec("triton") is None:
         return _add_gathered
+    from triton.errors import TritonError
+
     from influence import triton_sketch  # a CPU build of torch comes without triton
 
     one = torch.zeros(1, 1, device=device)
     try:
         triton_sketch.add_blocks(one, one, one.char(), one[0].long(), 1.0)
-    except RuntimeError as error:
+    # A C compiler that is absent is a RuntimeError, one that fails or cannot be started is one of subprocess or of the
+    # operating system, and a GPU that triton's own assembler does not know is one of triton's.
+    except (RuntimeError, OSError, subprocess.SubprocessError, TritonError) as error:
         warnings.warn(f"triton cannot compile here, so the sketch is slower: {error}", stacklevel=3)
         return _add_gathered
     return triton_sketch.add_blocks

@@ -1,5 +1,8 @@
 """Ground truth: fine-tune again on subsets of the images, and measure the loss of pictures under each of the models.
 
+Members of a run are files: a picture of which there are two is trained on twice, as in the fine-tune, and each file can
+be left out by itself. That is what scores foretell: τ is of one file, and a creator's total is over all of his.
+
 A truth is a folder: `truth.json` says what is retrained and measured, `runs.jsonl` holds one line for each retrained
 model, in the order in which they were done. A line is written whole or is not read; running again does what is missing.
 """
@@ -29,6 +32,7 @@ from influence.finetuning import FineTune
 from influence.models import Denoiser
 
 _ROWS = 256
+_PICTURES, _PIXELS = 64, 64 * 32 * 32  # encoded at once: a VAE's widest layer takes 128 MiB for a picture of 512 × 512
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Run:
     """A model to retrain."""
 
     name: str
-    members: Bool[np.ndarray, " images"]
+    members: Bool[np.ndarray, " files"]
     seed: int
 
 
@@ -59,7 +63,7 @@ class Truth:
     base: str
     dataset: str
     items: list[Item]
-    """In the order of a run's members: by item id."""
+    """The files, in the order of a run's members: by item id."""
     queries: list[Query]
     query_ids: list[str]
     draws: int
@@ -71,14 +75,14 @@ class Truth:
         return read_runs(self.folder, len(self.items))
 
 
-def read_runs(folder: Path, images: int) -> pd.DataFrame:
+def read_runs(folder: Path, files: int) -> pd.DataFrame:
     """The journal of a truth: name, seed, members (array), loss (array, one for each query) of each retrained model."""
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     file = folder / "runs.jsonl"
     for line in file.read_bytes().splitlines(keepends=True) if file.exists() else []:
         if line.endswith(b"\n"):  # a torn last line is done again
             row = json.loads(line)
-            bits = np.unpackbits(np.frombuffer(bytes.fromhex(row["members"]), np.uint8), count=images)
+            bits = np.unpackbits(np.frombuffer(bytes.fromhex(row["members"]), np.uint8), count=files)
             row |= {"members": bits.astype(bool), "loss": np.array(row["loss"])}
             rows[row["name"], row["seed"]] = row
     return pd.DataFrame(list(rows.values()), columns=["name", "seed", "members", "loss", "weights"])
@@ -102,7 +106,7 @@ def create(
     """
     denoiser = finetuning.start(base, recipe, resolution=resolution)
     found = datasets.read_dataset(dataset, creator_column=creator_column, captions_required=denoiser.conditional)
-    items = sorted({item.item_id: item for item in found.items}.values(), key=lambda item: item.item_id)
+    items = in_order(found.items)
     bare = next((query.path for query in queries if query.caption is None), None) if denoiser.conditional else None
     if bare is not None:
         raise OptionError(f"{bare} has no caption, and the model reads captions; give the query its prompt")
@@ -130,19 +134,19 @@ def create(
     return Truth(folder, recipe, str(base), str(dataset), items, list(queries), ids, draws, resolution)
 
 
-def halves(seed: int, count: int, images: int) -> list[np.ndarray]:
-    """Exact halves, independent: masks `[count][images]`, each with ⌊images/2⌋ True."""
+def halves(seed: int, count: int, files: int) -> list[np.ndarray]:
+    """Exact halves, independent: masks `[count][files]`, each with ⌊files/2⌋ True."""
     masks = []
     for i in range(count):
-        order = np.argsort(keys.uniform(("half", seed, i), images), kind="stable")
-        mask = np.zeros(images, dtype=bool)
-        mask[order[: images // 2]] = True
+        order = np.argsort(keys.uniform(("half", seed, i), files), kind="stable")
+        mask = np.zeros(files, dtype=bool)
+        mask[order[: files // 2]] = True
         masks.append(mask)
     return masks
 
 
 def coalitions(owners: Sequence[str]) -> dict[frozenset[str], np.ndarray]:
-    """Masks of all sets of owners, the empty one and the whole included, by what owns each image."""
+    """Masks of all sets of owners, the empty one and the whole included, by who owns each file."""
     names = sorted(set(owners))
     owner = np.array(owners)
     return {
@@ -153,15 +157,13 @@ def coalitions(owners: Sequence[str]) -> dict[frozenset[str], np.ndarray]:
 
 
 class Retrainer:
-    """A base, its images and the queries, loaded once; models are retrained in its memory one after the other."""
+    """A base, its pictures and the queries, loaded once; models are retrained in its memory one after the other."""
 
     def __init__(self, truth: Truth, device: str = "cpu") -> None:
         """Load everything."""
         self.truth = truth
         self.denoiser = finetuning.start(truth.base, truth.recipe, resolution=truth.resolution, device=device)
-        self.x0, self.cond = encode(
-            self.denoiser, [item.path for item in truth.items], [item.caption for item in truth.items]
-        )
+        self.x0, self.cond = encode_items(self.denoiser, truth.items)
         self.query_x0, self.query_cond = encode(
             self.denoiser, [q.path for q in truth.queries], [q.caption for q in truth.queries]
         )
@@ -191,17 +193,36 @@ class Retrainer:
         }
 
 
+def in_order(items: Iterable[Item]) -> list[Item]:
+    """The files in the order in which they are trained on: by item id, files of one picture by name."""
+    return sorted(items, key=lambda item: (item.item_id, item.file_name))
+
+
+def encode_items(denoiser: Denoiser, items: Sequence[Item]) -> tuple[Tensor, Tensor | None]:
+    """One row for each file, as the network takes them; a picture of which there are several is encoded once."""
+    once = list({item.item_id: item for item in items}.values())
+    x0, cond = encode(denoiser, [item.path for item in once], [item.caption for item in once])
+    place = {item.item_id: row for row, item in enumerate(once)}
+    rows = torch.tensor([place[item.item_id] for item in items], device=x0.device)
+    return x0[rows], None if cond is None else cond[rows]
+
+
 def encode(
     denoiser: Denoiser, paths: Sequence[str | Path], captions: Sequence[str | None]
 ) -> tuple[Tensor, Tensor | None]:
-    """Pictures and captions as the network takes them."""
+    """Pictures and captions as the network takes them; the pixels of few pictures at a time are in memory."""
     channels, height, width = denoiser.image_size
     device = next(iter(denoiser.parameters.values())).device
-    arrays = [
-        datasets.to_array(datasets.decode(Path(path))[0], height=height, width=width, channels=channels)
-        for path in paths
-    ]
-    x0 = torch.cat([denoiser.encode_images(part.to(device)) for part in torch.from_numpy(np.stack(arrays)).split(64)])
+    # Not always one: a latent's last bits depend on what it is encoded with, and with them a truth's hashes of weights.
+    size = max(1, min(_PICTURES, _PIXELS // (height * width)))
+    parts = []
+    for start in range(0, len(paths), size):
+        arrays = [
+            datasets.to_array(datasets.decode(Path(path))[0], height=height, width=width, channels=channels)
+            for path in paths[start : start + size]
+        ]
+        parts.append(denoiser.encode_images(torch.from_numpy(np.stack(arrays)).to(device)))
+    x0 = torch.cat(parts)
     if not denoiser.conditional:
         return x0, None
     return x0, torch.cat([denoiser.encode_captions([caption or ""]) for caption in captions])

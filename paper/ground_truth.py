@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from influence import finetuning, keys, models, retraining, training, typefaces
+from influence import evaluation, finetuning, keys, models, retraining, training, typefaces
 from influence.finetuning import FineTune
 from influence.retraining import Query, Run, Truth
 
@@ -153,7 +153,7 @@ def planned(truth: Truth) -> list[Run]:
     masks = retraining.halves(0, HALVES, n)
     runs = [Run(f"half-{i:03d}", mask, seed) for i, mask in enumerate(masks) for seed in range(HALF_SEEDS)]
     for owners, mask in retraining.coalitions([item.creator for item in truth.items]).items():
-        runs += [Run("owners: " + " + ".join(sorted(owners)), mask, seed) for seed in range(COALITION_SEEDS)]
+        runs += [Run(evaluation.coalition_name(owners), mask, seed) for seed in range(COALITION_SEEDS)]
     return runs
 
 

@@ -146,3 +146,19 @@ def test_bits_of_the_best_predictor_of_gaussian_data_are_the_information_that_th
     found = float((diffusion.bits(schedule, t) * loss).mean())
     assert found == pytest.approx(0.5 * np.log2((1 + snr[0]) / (1 + snr[-1])), rel=0.01)
     assert diffusion.bits(schedule, torch.tensor([0])) == 0
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "snr"])
+@pytest.mark.parametrize("prediction", diffusion.TARGETS)
+def test_bits_of_noise_alone_are_left_out_where_the_loss_does_not_tell_the_error_and_finite_elsewhere(
+    prediction, weighting
+):
+    scheduler = DDPMScheduler(rescale_betas_zero_snr=True)
+    schedule = NoiseSchedule(tuple(scheduler.alphas_cumprod.double().tolist()), prediction, weighting)
+    assert schedule.alphas_cumprod[-1] == 0
+    unit = diffusion.bits(schedule, torch.arange(1000))
+    assert unit.isfinite().all() and (unit[1:-1] > 0).all()
+    a = schedule.alphas_cumprod[-2]
+    told = prediction != "epsilon" and weighting == "uniform"  # a loss of weight 0 says nothing
+    expected = 1000 * a / (1 - a) / (2 * np.log(2)) if told else 0  # SNR falls to 0, and the error is that of x̂₀
+    assert float(unit[-1]) == pytest.approx(expected)

@@ -1,5 +1,6 @@
 """`influence evaluate` on a small fine-tune: retraining, tables and the doctor, by the library and the command line."""
 
+import dataclasses
 import json
 import shutil
 
@@ -12,7 +13,7 @@ from tiny_models import pictures, tiny_ddpm
 
 import influence
 from influence import finetuning, retraining
-from influence.errors import OptionError
+from influence.errors import DatasetError, OptionError
 from influence.finetuning import FineTune
 from influence.retraining import Query, Run
 
@@ -106,6 +107,23 @@ def test_the_doctor_finds_a_store_of_few_draws_out(made, tmp_path):
     assert not table.loc["query draws", "ok"]
 
 
+def test_the_doctor_samples_what_is_left_of_the_data_set(made, tmp_path):
+    data = shutil.copytree(made / "data", tmp_path / "data")
+    store = influence.build(data, model=made / "model", store=tmp_path / "store", dim=64, draws=4)
+    whole = influence.doctor(store, draws=4)
+    lines = (data / "metadata.csv").read_text(encoding="utf-8").splitlines()
+    said = []
+    (data / "metadata.csv").write_text("\n".join(lines[:-2]) + "\n", encoding="utf-8")
+    table = influence.doctor(store, draws=4, message=said.append)
+    assert table["check"].tolist() == whole["check"].tolist() and np.isfinite(table["value"]).all()
+    (line,) = [line for line in said if "any more" in line]
+    assert line == f"2 of 12 images of store store are not in {data} any more: the doctor samples the others"
+    shutil.rmtree(data)
+    pictures(data, count=2, size=8, captions=False, key=9)
+    with pytest.raises(DatasetError, match="12 of 12 images of store store are not in .* put them back, or build anot"):
+        influence.doctor(store, draws=4)
+
+
 @pytest.fixture(scope="module")
 def brief(made, tmp_path_factory):
     """A store of the same model beside a recipe of one epoch: what a command does, without long retraining."""
@@ -140,3 +158,30 @@ def test_a_store_of_other_images_is_refused(made, truth, tmp_path):
     influence.build(tmp_path / "other", model=made / "model", store=tmp_path / "store", dim=64, draws=2)
     with pytest.raises(OptionError, match="differ in 24 images"):
         influence.score_matrix(influence.open_store(tmp_path / "store"), truth, draws=2)
+
+
+def test_files_of_one_picture_are_members_of_their_own_and_so_they_are_scored(made, tmp_path):
+    """Two creators sent in the same picture: it counts for both, in what is retrained and in what is foretold."""
+    data = pictures(tmp_path / "data", count=4, size=8, captions=False)
+    shutil.copy(data / "001.png", data / "copy.png")
+    with (data / "metadata.csv").open("a", encoding="utf-8") as file:
+        file.write("copy.png,,creator 2\n")
+    store = influence.build(data, model=made / "model", store=tmp_path / "store", dim=64, draws=4)
+    truth = influence.truth_of(
+        store, tmp_path / "truth", base=made / "base", queries={"trained": data}, recipe=made / "model", draws=4
+    )
+    names = [item.file_name for item in truth.items]
+    assert sorted(names) == ["000.png", "001.png", "002.png", "003.png", "copy.png"]
+    first, second = names.index("001.png"), names.index("copy.png")
+    assert second == first + 1
+    tau = influence.score_matrix(store, truth, method="grad-dot", draws=4)
+    assert tau.shape == (5, 5) and np.array_equal(tau[:, first], tau[:, second])
+    facts = json.loads((truth.folder / "truth.json").read_text(encoding="utf-8"))
+    assert [item["file_name"] for item in facts["items"]] == names
+    owners = retraining.coalitions([item.creator for item in truth.items])
+    assert owners[frozenset({"creator 2"})].sum() == 2  # 002.png and the copy
+    brief = dataclasses.replace(truth.recipe, epochs=1)
+    found = influence.evaluation.owner_truth(dataclasses.replace(truth, recipe=brief), tau, seeds=1)
+    totals = {owner: tau[:, [item.creator == owner for item in truth.items]].sum(1) for owner in found.owners}
+    np.testing.assert_allclose(found.predicted, list(totals.values()))
+    assert found.predicted.sum(0) == pytest.approx(tau.sum(1))

@@ -1,13 +1,15 @@
 """Fine-tunes that can be repeated: full weights and LoRA, on all images and on subsets."""
 
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from tiny_models import pictures, tiny_ddpm, tiny_stable_diffusion
 
-from influence import finetuning, models, retraining
+from influence import datasets, finetuning, keys, models, retraining
 from influence.errors import ModelError, OptionError
 from influence.finetuning import FineTune
 from influence.retraining import Query, Run
@@ -83,9 +85,64 @@ def test_steps_are_epochs():
 def test_a_recipe_that_is_none_is_refused(tmp_path):
     with pytest.raises(OptionError, match="is no fine-tune recipe"):
         finetuning.read_recipe(tmp_path)
-    (tmp_path / "finetune.json").write_text(json.dumps({"odd": 2}), encoding="utf-8")
-    with pytest.raises(OptionError, match="is no fine-tune recipe"):
-        finetuning.read_recipe(tmp_path)
+    others = [({"odd": 2}, "argument"), ([1], "it holds a list"), (GOOD | {"odd": 2}, "odd")]
+    others.append(({"epochs": 3, "batch_size": 4}, "missing a required argument: 'learning_rate'"))
+    for other, words in others:
+        (tmp_path / "finetune.json").write_text(json.dumps(other), encoding="utf-8")
+        with pytest.raises(OptionError, match=rf"is no fine-tune recipe \(.*{words}.*\); expected a JSON object of ep"):
+            finetuning.read_recipe(tmp_path)
+
+
+GOOD = {"epochs": 3, "batch_size": 4, "learning_rate": 1e-3}
+BAD = [
+    ("epochs", 0, "epochs is 0; expected a positive number; correct"),
+    ("epochs", "3", 'epochs is "3"; expected a positive number'),
+    ("epochs", float("nan"), "epochs is NaN; expected a positive number"),
+    ("epochs", 10**400, "expected a positive number"),
+    ("batch_size", 0, "batch_size is 0; expected a whole number of 1 or more"),
+    ("batch_size", 2.5, "batch_size is 2.5; expected a whole number of 1 or more"),
+    ("batch_size", None, "batch_size is null; expected a whole number"),
+    ("batch_size", True, "batch_size is true; expected a whole number"),
+    ("learning_rate", 0, "learning_rate is 0; expected a positive number"),
+    ("learning_rate", -1e-3, "learning_rate is -0.001; expected a positive number"),
+    ("learning_rate", float("inf"), "learning_rate is Infinity; expected a positive number"),
+    ("learning_rate", "1e-4", 'learning_rate is "1e-4"; expected a positive number'),
+    ("learning_rate_schedule", "constant_with_warmup", 'is "constant_with_warmup"; expected cosine or constant'),
+    ("learning_rate_schedule", "Constant", 'is "Constant"; expected cosine or constant'),
+    ("learning_rate_schedule", None, "is null; expected cosine or constant"),
+    ("weight_decay", -0.1, "weight_decay is -0.1; expected a number of 0 or more"),
+    ("ema_decay", 1, "ema_decay is 1; expected a number in 0 … 1, or null"),
+    ("stratified", 1, "stratified is 1; expected true or false"),
+    ("lora_rank", 0, "lora_rank is 0; expected a whole number of 1 or more, or null"),
+    ("lora_rank", 2.0, "lora_rank is 2.0; expected a whole number of 1 or more, or null"),
+    ("lora_alpha", 0, "lora_alpha is 0; expected a positive number, or null"),
+    ("lora_alpha", [1], r"lora_alpha is \[1\]; expected a positive number, or null"),
+    ("lora_targets", "to_q,", 'lora_targets is "to_q,"; expected ends of names of layers'),
+    ("lora_targets", None, "lora_targets is null; expected ends of names of layers"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "words"), BAD)
+def test_a_recipe_with_a_value_that_no_fine_tune_has_is_refused(tmp_path, name, value, words):
+    file = tmp_path / "finetune.json"
+    file.write_text(json.dumps(GOOD | {name: value}), encoding="utf-8")
+    with pytest.raises(OptionError, match=f"^{file}: .*{words}") as refused:
+        finetuning.read_recipe(file)
+    assert len(str(refused.value)) < 1000 and "correct it there" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"epochs": 0.5, "learning_rate": 1, "learning_rate_schedule": "constant", "weight_decay": 0, "ema_decay": 0.9},
+        {"stratified": False, "lora_rank": 4, "lora_alpha": 8, "lora_targets": "to_q, to_k"},
+        {"lora_rank": None, "lora_alpha": None, "ema_decay": None},
+    ],
+)
+def test_a_recipe_that_can_be_is_read(tmp_path, more):
+    (tmp_path / "finetune.json").write_text(json.dumps(GOOD | more), encoding="utf-8")
+    assert finetuning.read_recipe(tmp_path) == FineTune(**GOOD | more)
 
 
 def test_a_lora_needs_a_conditional_base_and_known_layers(tmp_path):
@@ -137,3 +194,73 @@ def test_a_query_without_the_caption_that_the_model_reads_is_refused(tmp_path):
     bare = [Query(str(data / "000.png"), "trained")]
     with pytest.raises(OptionError, match=r"000\.png has no caption"):
         retraining.create(tmp_path / "truth", base=base, dataset=data, recipe=LORA, queries=bare)
+
+
+def test_the_alpha_of_a_recipe_is_trained_with_and_saved(tmp_path):
+    base = tiny_stable_diffusion(tmp_path / "base")
+    recipe = dataclasses.replace(LORA, lora_alpha=6.0)
+    denoiser = finetuning.start(base, recipe)
+    x = torch.from_numpy(keys.normal(("latents",), (4, *denoiser.sample_shape)))
+    cond = denoiser.encode_captions(["a", "b", "c", "d"])
+    finetuning.fine_tune(denoiser, recipe, x, cond, seed=0)
+    finetuning.save(denoiser, recipe, tmp_path / "lora", base=base)
+    found = models.load_denoiser(base, lora=tmp_path / "lora")
+    for each in (denoiser, found):
+        scalings = {s for module in each.network.modules() for s in getattr(module, "scaling", {}).values()}
+        assert scalings == {3.0}
+    with torch.no_grad():
+        predicted = [each.network(x, torch.tensor([3, 200, 500, 900]), cond) for each in (denoiser, found)]
+    assert torch.equal(*predicted)
+
+
+def with_copies(path, size, captions):
+    """Three pictures, the first of which is there three times."""
+    data = pictures(path, count=3, size=size, captions=captions)
+    with (data / "metadata.csv").open("a", encoding="utf-8") as file:
+        for name in ("a.png", "b.png"):
+            shutil.copy(data / "000.png", data / name)
+            file.write(f"{name},{'picture 0' if captions else ''},creator 0\n")
+    return data
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_picture_of_which_there_are_several_files_is_encoded_once_and_trained_on_as_often(
+    tmp_path, monkeypatch, lora
+):
+    base = tiny_stable_diffusion(tmp_path / "base") if lora else tiny_ddpm(tmp_path / "base")
+    data = with_copies(tmp_path / "data", 16 if lora else 8, lora)
+    queries = [Query(str(data / "001.png"), "trained", "picture 1" if lora else None)]
+    recipe = LORA if lora else FULL
+    truth = retraining.create(tmp_path / "truth", base=base, dataset=data, recipe=recipe, queries=queries, draws=8)
+    decoded = []
+    real = datasets.decode
+    monkeypatch.setattr(datasets, "decode", lambda path: decoded.append(path) or real(path))
+    maker = retraining.Retrainer(truth)
+    assert len(decoded) == 3 + 1  # and the query
+    everything = maker(Run("all", np.ones(5, dtype=bool), 0))
+
+    by_hand = finetuning.start(base, recipe)
+    items = retraining.in_order(datasets.read_dataset(data).items)
+    x0, cond = retraining.encode(by_hand, [item.path for item in items], [item.caption for item in items])
+    torch.testing.assert_close(maker.x0, x0, rtol=1e-5, atol=1e-6)
+    finetuning.fine_tune(by_hand, recipe, x0, cond, seed=0)
+    for name, value in by_hand.parameters.items():
+        torch.testing.assert_close(maker.denoiser.parameters[name], value, rtol=1e-5, atol=1e-6)
+    one_less = np.ones(5, dtype=bool)
+    one_less[[item.file_name for item in items].index("a.png")] = False
+    assert maker(Run("one less", one_less, 0))["loss"] != everything["loss"]
+
+
+@pytest.mark.parametrize(("side", "batches"), [(16, [3]), (128, [3]), (256, [1, 1, 1]), (512, [1, 1, 1])])
+def test_few_pixels_at_a_time_are_decoded_and_encoded(tmp_path, monkeypatch, side, batches):
+    base, data = tiny_stable_diffusion(tmp_path / "base"), pictures(tmp_path / "data", count=3)
+    denoiser = finetuning.start(base, LORA, resolution=side)
+    done = []
+    decode, encode = datasets.decode, denoiser.encode_images
+    monkeypatch.setattr(datasets, "decode", lambda path: done.append("decode") or decode(path))
+    monkeypatch.setattr(denoiser, "encode_images", lambda images: done.append(len(images)) or encode(images))
+    paths = [data / f"{i:03d}.png" for i in range(3)]
+    x0, _ = retraining.encode(denoiser, paths, ["a", "b", "c"])
+    assert done == [step for count in batches for step in ["decode"] * count + [count]]
+    alone = torch.cat([retraining.encode(denoiser, [path], ["a"])[0] for path in paths])
+    torch.testing.assert_close(x0, alone, rtol=1e-5, atol=1e-5)

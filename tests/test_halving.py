@@ -155,3 +155,41 @@ def test_a_lora_of_half_the_length_goes_from_the_command_line_into_scores(tmp_pa
     assert result.exit_code == 0, result.output
     table = influence.attribute(data / "001.png", store, k=None, draws=4, prompt="picture 1")
     assert table.attrs["method"] == "two-length" and np.isfinite(table["score"]).all()
+
+
+def test_halve_saves_the_alpha_that_it_trained_with(tmp_path):
+    base = tiny_stable_diffusion(tmp_path / "base")
+    data = pictures(tmp_path / "data", count=4, size=16)
+    recipe = dataclasses.replace(WHOLE, lora_rank=2, lora_alpha=8.0)
+    (tmp_path / "finetune.json").write_text(json.dumps(dataclasses.asdict(recipe)), encoding="utf-8")
+    influence.halve(data, tmp_path / "half", base=base, recipe=tmp_path)
+    found = models.load_denoiser(base, lora=tmp_path / "half")
+    assert {s for module in found.network.modules() for s in getattr(module, "scaling", {}).values()} == {4.0}
+
+
+def test_halve_trains_on_every_file_as_build_counts_them_and_says_what_it_leaves_out(tmp_path):
+    base, data = tiny_ddpm(tmp_path / "base"), pictures(tmp_path / "data", count=3, size=8, captions=False)
+    with (data / "metadata.csv").open("a", encoding="utf-8") as file:
+        for name in ("a.png", "b.png", "c.png"):
+            shutil.copy(data / "001.png", data / name)
+            file.write(f"{name},,creator 0\n")
+        (data / "odd.png").write_text("no picture", encoding="utf-8")
+        file.write("odd.png,,creator 0\n")
+    (tmp_path / "finetune.json").write_text(json.dumps(dataclasses.asdict(WHOLE)), encoding="utf-8")
+    steps, said = [], []
+    influence.halve(
+        data, tmp_path / "half", base=base, recipe=tmp_path, progress=lambda *step: steps.append(step),
+        message=said.append,
+    )  # fmt: skip
+    assert steps[-1] == ("fine-tune", 3, 3)  # ⌈1.5 · 6 / 4⌉
+    assert any(line.startswith("training loss assumed") for line in said)
+    assert any("occur more than once" in line for line in said)
+    assert any(line.startswith("refused odd.png: ") for line in said)
+    found, expected = models.load_denoiser(tmp_path / "half"), finetuning.start(base, WHOLE)
+    files = [tmp_path / "data" / f"{name}.png" for name in ("000", "001", "002", "a", "b", "c")]
+    ids = {path: influence.datasets.item_id(influence.datasets.decode(path)[0], "") for path in files}
+    files.sort(key=lambda path: ids[path])
+    x0, _ = retraining.encode(expected, files, [None] * len(files))
+    finetuning.fine_tune(expected, dataclasses.replace(WHOLE, epochs=1.5), x0, None, seed=0)
+    for name, value in expected.parameters.items():
+        torch.testing.assert_close(found.parameters[name], value.detach(), rtol=1e-5, atol=1e-7)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_models import pictures, tiny_ddpm
+from tiny_models import pictures, tiny_ddpm, tiny_lora, tiny_stable_diffusion
 
 import influence
 from influence import derived, finetuning, horizon, models, waypoints
@@ -36,7 +36,7 @@ def batches(count=3, rows=4):
 def test_second_moments_are_the_mean_over_batches_and_points_of_every_entry(denoiser, base, monkeypatch):
     seen = []
     real = torch.autograd.grad
-    monkeypatch.setattr(torch.autograd, "grad", lambda *a: seen.append(real(*a)) or seen[-1])
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **o: seen.append(real(*a, **o)) or seen[-1])
     v = horizon.second_moments([(0.25, base), (0.75, denoiser)], batches(), batch_size=6, seed=0)
     assert len(seen) == 6 and list(v) == list(denoiser.parameters)
     for i, value in enumerate(v.values()):
@@ -93,6 +93,13 @@ def test_parameters_are_left_as_they_were_and_a_model_without_gradients_is_refus
     for made in (horizon.tensor_scales, horizon.mean_along_gradients):
         with pytest.raises(GradientError, match="all gradients are zero"):
             made(zero)
+
+
+def test_a_parameter_that_plays_no_part_is_refused_by_name_as_its_features_are(denoiser, monkeypatch):
+    unused = torch.nn.Parameter(torch.zeros(2))
+    monkeypatch.setattr(denoiser, "parameters", {**denoiser.parameters, "spare.weight": unused})
+    with pytest.raises(GradientError, match="no gradient reached spare.weight: .*; leave it out with --parameters"):
+        horizon.second_moments([(1.0, denoiser)], batches(), batch_size=6, seed=0)
 
 
 @pytest.mark.parametrize("rows", [20, 5])
@@ -176,3 +183,26 @@ def test_a_build_that_goes_on_takes_k_from_the_store_and_refuses_another_project
     assert influence.build(data, model=model, store=tmp_path / "s", draws=4).spec == made.spec
     with pytest.raises(influence.SpecMismatchError, match="projection is rademacher"):
         influence.build(data, model=model, store=tmp_path / "s", draws=4, metric="plain", projection="rademacher")
+
+
+def test_a_store_is_not_given_a_base_that_it_was_not_made_with(tmp_path):
+    model, data = tiny_ddpm(tmp_path / "model"), pictures(tmp_path / "data", count=3, size=8, captions=False)
+    base, other = (tiny_ddpm(tmp_path / name, seed=seed) for name, seed in (("base", 3), ("other", 4)))
+    options = {"model": model, "dim": 64, "draws": 4, "metric": "plain"}
+    influence.build(data, store=tmp_path / "bare", **options)
+    influence.build(data, store=tmp_path / "based", base=base, **options)
+    for store, given in (("bare", base), ("based", other)):
+        with pytest.raises(
+            OptionError, match=f"store {store} was made without this model before the fine-tune; leave out --base, or b"
+        ):
+            influence.build(data, store=tmp_path / store, base=given, **options)
+    for again in ({}, {"base": base}):
+        assert influence.build(data, store=tmp_path / "based", **again, **options).source["base"] == str(base)
+
+
+def test_the_base_of_a_lora_can_be_named_again_or_for_the_first_time(tmp_path):
+    base, data = tiny_stable_diffusion(tmp_path / "base"), pictures(tmp_path / "data", count=2)
+    tiny_lora(base, tmp_path / "lora")
+    options = {"model": base, "lora": tmp_path / "lora", "dim": 32, "draws": 2, "metric": "plain"}
+    made = influence.build(data, store=tmp_path / "s", **options)
+    assert influence.build(data, store=tmp_path / "s", base=base, **options).items.equals(made.items)

@@ -58,8 +58,12 @@ def test_disk_and_memory_are_within_a_fifth_of_what_then_happens(world, tmp_path
     assert (planned["images"], planned["curvature_rows"]) == (rows, psi_rows)
 
 
-@pytest.mark.parametrize(("base", "metric"), [(None, "adamw"), ("base", "adamw"), (None, "plain")])
-def test_every_forward_of_the_build_is_counted(world, tmp_path, monkeypatch, base, metric):
+CASES = [(None, "adamw", {}), ("base", "adamw", {}), (None, "plain", {})]
+EVERY_DRAW = {"controls": None, "curvature_rows": 20 * 6}  # gives a curvature row
+
+
+@pytest.mark.parametrize(("base", "metric", "more"), [*CASES, (None, "adamw", EVERY_DRAW), (None, "plain", EVERY_DRAW)])
+def test_every_forward_of_the_build_is_counted(world, tmp_path, monkeypatch, base, metric, more):
     """One second for each row of a forward, one more for each curvature row: the plan must add up to the same."""
     clock, taken = [0.0], []
 
@@ -71,7 +75,7 @@ def test_every_forward_of_the_build_is_counted(world, tmp_path, monkeypatch, bas
     real = features.forward
     monkeypatch.setattr(features, "forward", forward)
     monkeypatch.setattr("influence.planning.time.perf_counter", lambda: clock[0])
-    options = {"model": world / "ddpm", "controls": world / "controls", "metric": metric, **OPTIONS}
+    options = {"model": world / "ddpm", "controls": world / "controls", "metric": metric, **OPTIONS, **more}
     options |= {} if base is None else {"base": world / base}
     planned = influence.plan(world / "data", **options)
     taken.clear()
@@ -79,9 +83,14 @@ def test_every_forward_of_the_build_is_counted(world, tmp_path, monkeypatch, bas
     points = 0 if metric == "plain" else 1 if base is None else 3  # of the way, where the metric is measured
     assert ("curvature_density" in made.source) == (metric == "adamw")
     assert planned["seconds"] == pytest.approx(sum(taken) + points * horizon.BATCHES * horizon.ROWS)
-    assert (planned["images"], planned["controls"]) == (20, 10) == (len(made.items), len(made.controls().items))
+    controls = 0 if more else 10
+    assert (planned["images"], planned["controls"]) == (20, controls) == (len(made.items), _controls(made))
     disk = sum(p.stat().st_size for p in (tmp_path / "s").rglob("*") if p.is_file())
     assert planned["disk_bytes"] == pytest.approx(disk, rel=0.2)
+
+
+def _controls(made):
+    return 0 if made.controls() is None else len(made.controls().items)
 
 
 def test_a_memory_chooses_the_batch_and_no_value_changes(world, tmp_path):

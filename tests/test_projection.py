@@ -1,5 +1,8 @@
 import hashlib
 import math
+import subprocess
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import dense_countsketch, dense_rademacher, project
 
+import influence
 from influence import keys
 from influence import projection as projections
 from influence.errors import OptionError
@@ -197,6 +201,32 @@ def test_every_form_of_the_sketch_gives_the_same_on_a_gpu(k, size):
         sums.append(out[:, k:])
     torch.testing.assert_close(sums[0], sums[2], rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(sums[1], sums[2], rtol=1e-5, atol=1e-4)
+
+
+FAILURES = [
+    RuntimeError("Failed to find C compiler"),
+    FileNotFoundError("[Errno 2] No such file or directory: 'cc'"),
+    subprocess.CalledProcessError(1, ["cc", "main.c"]),
+    subprocess.TimeoutExpired(["cc", "main.c"], 60),
+    AssertionError("a PTXASError, in place of triton's own"),
+]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
+def test_where_triton_cannot_compile_the_sketch_gathers_and_says_so(failure, monkeypatch):
+    def fail(*_):
+        raise failure
+
+    fake = types.SimpleNamespace(add_blocks=fail)
+    monkeypatch.setitem(sys.modules, "influence.triton_sketch", fake)
+    monkeypatch.setattr(influence, "triton_sketch", fake, raising=False)
+    monkeypatch.setitem(sys.modules, "triton.errors", types.SimpleNamespace(TritonError=AssertionError))
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace())
+    monkeypatch.setattr(projections, "find_spec", lambda _: True)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, device=None: zeros(*size))  # as if there were a GPU
+    with pytest.warns(UserWarning, match="triton cannot compile here, so the sketch is slower: "):
+        assert projections._block_adder(torch.device("cuda")) is projections._add_gathered
 
 
 @settings(max_examples=50, deadline=None)
