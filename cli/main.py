@@ -177,7 +177,7 @@ def halve(out: Path, **options: Any) -> None:
       influence build images/ --model my-finetune/ --base base/ --half half/ --store my.store
     """  # noqa: D301
     with progress() as show:
-        influence.halve(out=out, progress=show, **options)
+        influence.halve(out=out, progress=show, message=say, **options)
     click.echo(f"{out}: pass it to influence build --half")
 
 
@@ -358,6 +358,9 @@ def _print_facts(facts: dict[str, Any], indent: int = 0) -> None:
 @click.option("--dataset", type=click.Path(path_type=Path), help="Where the data set is now, if it was moved.")
 @click.option("--model", type=click.Path(path_type=Path), help="Where the model is now, if it was moved.")
 @click.option("--lora", type=click.Path(path_type=Path), help="Where the LoRA is now, if it was moved.")
+@click.option("--base", type=click.Path(path_type=Path), help="Where the base is now, if it was moved.")
+@click.option("--half", type=click.Path(path_type=Path), help="Where the model of half the length is now, if moved.")
+@click.option("--controls", type=click.Path(path_type=Path), help="Where the controls are now, if they were moved.")
 @compute
 def verify(store: Path, repair: bool, **options: Any) -> None:
     """Check every byte of STORE, and say which shards and which images are affected by what is wrong.

@@ -174,12 +174,13 @@ def score_one(
     known = base_is_known(made.source)
     if chosen.beside == "half" and made.source.get("half") is None:
         raise OptionError(
-            f"{method} needs a fine-tune of half the epochs: make it with influence halve, and build store "
-            f"{made.path.name} with --half DIR"
+            f"{method} needs a fine-tune of half the epochs, which store {made.path.name} was built without: make it "
+            "with influence halve, and build another store with --half DIR"
         )
     if {"base", "middle", "late"} & {*chosen.elsewhere} and not known:
         raise OptionError(
-            f"{method} needs the model before the fine-tune: build store {made.path.name} with --base DIR"
+            f"{method} needs the model before the fine-tune, which store {made.path.name} was built without: build "
+            "another store with --base DIR"
         )
     require_complete(made)
     paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)

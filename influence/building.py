@@ -2,9 +2,10 @@
 
 import functools
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,8 +33,12 @@ def run_shards(
     progress: Progress,
     message: Message,
     only: Collection[int] | None = None,
+    source: Mapping[str, Any] | None = None,
 ) -> None:
-    """Build the shards of one family, of the model `loaded`, that are not there yet: all, or `only` some."""
+    """Build the shards of one family, of the model `loaded`, that are not there yet: all, or `only` some.
+
+    Workers load the model themselves, from where `source` has it: by default where it was when the store was made.
+    """
     todo = [shard for shard in made.missing(family) if only is None or shard in only]
     finished = len(made.records(family))
     total = finished + len(todo)
@@ -47,7 +52,7 @@ def run_shards(
     if workers == 1:
         executors.run_here(_shard_work(made, family, loaded, data), todo, done)
     elif todo:
-        prepare = functools.partial(_prepare_worker, made.path, family, options, data)
+        prepare = functools.partial(_prepare_worker, made.path, family, options, data, source or made.source)
         executors.run_processes(prepare, todo, workers, done)
     refused = made.refused(family)
     names = made.items.drop_duplicates("item_id").set_index("item_id")["file_name"]
@@ -58,12 +63,17 @@ def run_shards(
 
 
 def _prepare_worker(
-    path: Path, family: str, options: BuildOptions, data: datasets.Dataset, workers: int
+    path: Path,
+    family: str,
+    options: BuildOptions,
+    data: datasets.Dataset,
+    source: Mapping[str, Any],
+    workers: int,
 ) -> executors.Work:
     """In a worker process: load everything again."""
     torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // workers)))
     loaded, made = load(options, silent), store.open_store(path)
-    return _shard_work(made, family, model_of(family, made.source, loaded), data)
+    return _shard_work(made, family, model_of(family, source, loaded), data)
 
 
 def _shard_work(made: Store, family: str, loaded: Loaded, data: datasets.Dataset) -> executors.Work:
@@ -86,7 +96,7 @@ def _shard_work(made: Store, family: str, loaded: Loaded, data: datasets.Dataset
     )
     by_id = {item.item_id: item for item in data.items}
 
-    def work(shard: int) -> None:
+    def work(shard: int) -> int:
         ids = made.shard_items(shard)
         refused = dict.fromkeys([i for i in ids if i not in by_id and i in made.excluded], _GONE)
         ids = [item_id for item_id in ids if item_id not in refused]
@@ -98,6 +108,7 @@ def _shard_work(made: Store, family: str, loaded: Loaded, data: datasets.Dataset
             )
         taken = take(loaded.denoiser, recipe, [by_id[item_id] for item_id in ids])
         made.commit(_content(family, shard, ids, taken, refused))
+        return shard
 
     return work
 

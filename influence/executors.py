@@ -1,4 +1,7 @@
-"""Where shards are built: in this process, or in several. Shards are independent; the store decides who was first."""
+"""Where numbered work is done (shards built, models retrained): in this process, or in several.
+
+Each number's work is independent of the others; for shards the store decides who was first.
+"""
 
 import contextlib
 import multiprocessing
@@ -10,27 +13,26 @@ from typing import Any
 
 from influence.errors import InfluenceError, OptionError, StoreError
 
-Work = Callable[[int], None]
-"""Build and commit one shard."""
+Work = Callable[[int], Any]
+"""Do the work of one number, as build and commit a shard; what it returns is told."""
 
 
-def run_here(work: Work, shards: Sequence[int], done: Callable[[int], Any]) -> None:
-    """Build shards one after the other in this process; `done` is called with the number of each."""
-    for shard in shards:
-        work(shard)
-        done(shard)
+def run_here(work: Work, numbers: Sequence[int], done: Callable[[Any], Any]) -> None:
+    """Do one after the other in this process; `done` is called with what each returns."""
+    for number in numbers:
+        done(work(number))
 
 
 def run_processes(
-    prepare: Callable[[int], Work], shards: Sequence[int], workers: int, done: Callable[[int], Any]
+    prepare: Callable[[int], Work], numbers: Sequence[int], workers: int, done: Callable[[Any], Any]
 ) -> None:
-    """Build shards in fresh processes, every `workers`-th shard in each.
+    """Do the work in fresh processes, every `workers`-th number in each.
 
     Args:
         prepare: Called in each process with the number of processes; must be picklable, and give the work.
-        shards: Numbers of the shards to build.
+        numbers: What to do.
         workers: Number of processes.
-        done: Called in this process as each shard is committed.
+        done: Called in this process with what each returns, as it comes.
 
     Raises:
         InfluenceError: The first error of a worker, as it was raised there.
@@ -40,9 +42,9 @@ def run_processes(
         raise OptionError(f"workers is {workers}; expected at least 1")
     context = multiprocessing.get_context("spawn")  # HDF5 and CUDA do not survive a fork
     processes = []
-    for first in range(min(workers, len(shards))):
+    for first in range(min(workers, len(numbers))):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_worker, args=(prepare, shards[first::workers], workers, sender), daemon=True)
+        process = context.Process(target=_worker, args=(prepare, numbers[first::workers], workers, sender), daemon=True)
         with _interrupts_ignored():
             process.start()
         sender.close()
@@ -85,9 +87,9 @@ def _interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _worker(prepare: Callable[[int], Work], shards: Sequence[int], workers: int, sender: Any) -> None:
+def _worker(prepare: Callable[[int], Work], numbers: Sequence[int], workers: int, sender: Any) -> None:
     with contextlib.closing(sender), contextlib.suppress(BrokenPipeError):  # the builder that asked is gone
         try:
-            run_here(prepare(workers), shards, sender.send)
+            run_here(prepare(workers), numbers, sender.send)
         except InfluenceError as error:
             sender.send(error)

@@ -172,10 +172,15 @@ def _check_reached(network: nn.Module, theta: Mapping[str, Tensor], inputs: Inpu
     grads = torch.autograd.grad(prediction.sum(), list(theta.values()), allow_unused=True)
     for parameter in theta.values():
         parameter.requires_grad_(False)
-    _refuse_missing([name for name, grad in zip(theta, grads, strict=True) if grad is None])
+    refuse_missing([name for name, grad in zip(theta, grads, strict=True) if grad is None])
 
 
-def _refuse_missing(names: Sequence[str]) -> None:
+def refuse_missing(names: Sequence[str]) -> None:
+    """Refuse parameters that no gradient reached, by name.
+
+    Raises:
+        GradientError: There are some.
+    """
     if names:
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise GradientError(
@@ -210,7 +215,7 @@ def _hooks(
         for handle in handles:
             handle.remove()
     if not leaves:
-        _refuse_missing(list(parameters))
+        refuse_missing(list(parameters))
     results = []
     for last, (output, features) in enumerate(zip(outputs, _empty(outputs, inputs, projection), strict=True), 1):
         state.group, state.features, state.reached = output.group, features, set()
@@ -218,7 +223,7 @@ def _hooks(
         values = output.value(point, *output.tensors)
         (cotangent,) = torch.autograd.grad(values.sum(), point)
         torch.autograd.grad(prediction, leaves, cotangent, retain_graph=last < len(outputs), allow_unused=True)
-        _refuse_missing([name for name in parameters if name not in state.reached])
+        refuse_missing([name for name in parameters if name not in state.reached])
         results.append(Result(features, values.detach()))
     return results
 

@@ -133,5 +133,5 @@ def _gradient(denoiser: Denoiser, x0: Tensor, cond: Tensor | None, key: tuple[in
         prediction = denoiser.network(diffusion.noised(schedule, x0, t, eps), t, cond)
         loss = diffusion.losses(schedule, prediction, x0, t, eps).mean()
         found = torch.autograd.grad(loss, list(denoiser.parameters.values()), allow_unused=True)
-    gradients._refuse_missing([n for n, grad in zip(denoiser.parameters, found, strict=True) if grad is None])
+    gradients.refuse_missing([n for n, grad in zip(denoiser.parameters, found, strict=True) if grad is None])
     return found

@@ -144,11 +144,13 @@ def build(
     if controls is not None:
         parts.append(_controls(made, loaded, options, data, controls, source, message))
         run_shards(parts[1][0], "loss", loaded, parts[1][1], parts[1][2], workers, progress, message)
+    now = {name: source[name] for name in ("model", "lora", "base", "half") if source[name] is not None}
+    where = {**made.source, **now}  # a model may have been moved since the store was made
     for family in METHODS[default_method(made.source)].elsewhere:
         todo = [part for part in parts if part[0].missing(family)]
-        of = model_of(family, made.source, loaded) if todo else loaded
+        of = model_of(family, where, loaded) if todo else loaded
         for part, how, images in todo:
-            run_shards(part, family, of, how, images, workers, progress, message)
+            run_shards(part, family, of, how, images, workers, progress, message, source=where)
     return made
 
 

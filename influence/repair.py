@@ -20,6 +20,9 @@ def repair(
     dataset: str | os.PathLike[str] | None = None,
     model: str | os.PathLike[str] | None = None,
     lora: str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str] | None = None,
+    half: str | os.PathLike[str] | None = None,
+    controls: str | os.PathLike[str] | None = None,
     engine: str = "auto",
     batch_size: int = DEFAULT_BATCH,
     memory: str | None = None,
@@ -36,6 +39,9 @@ def repair(
         dataset: Where the data set is now, if it was moved since the store was built.
         model: Where the model is now.
         lora: Where the LoRA is now.
+        base: Where the pipeline before the fine-tune is now.
+        half: Where the model of half the length is now.
+        controls: Where the control images are now.
         engine: As for `build`.
         batch_size: As for `build`.
         memory: As for `build`.
@@ -57,6 +63,8 @@ def repair(
     if not problems:
         return []
     folder, inside = stores.found(store), f"{stores.CONTROLS}/"
+    given = {"model": model, "lora": lora, "base": base, "half": half}
+    moved = {name: str(Path(path).absolute()) for name, path in given.items() if path is not None}
     todo = []
     for prefix in ("", inside):
         damaged = [
@@ -69,8 +77,8 @@ def repair(
             made, model=model, lora=lora, draws=1, engine=engine, batch_size=batch_size, memory=memory, device=device,
             message=message,
         )  # fmt: skip
-        moved = dataset is not None and not prefix
-        where = str(Path(str(dataset)).absolute()) if moved else made.source["dataset"]
+        now = controls if prefix else dataset
+        where = made.source["dataset"] if now is None else str(Path(now).absolute())
         data = read(where, loaded.denoiser, made.source["creator_column"], progress, message)
         wanted = {item_id for problem in damaged for item_id in problem.item_ids} - made.excluded
         absent = sorted(wanted - {item.item_id for item in data.items})
@@ -82,7 +90,7 @@ def repair(
         for family in FAMILIES:
             numbers = {problem.shard for problem in damaged if problem.family == family and problem.shard is not None}
             if numbers:
-                of = model_of(family, made.source, loaded, model=model, lora=lora)
+                of = model_of(family, {**made.source, **moved}, loaded)
                 todo.append((made, family, numbers, of, options, data))
     drop(folder, problems)
     for made, family, numbers, loaded, options, data in todo:

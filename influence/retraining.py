@@ -7,14 +7,14 @@ A truth is a folder: `truth.json` says what is retrained and measured, `runs.jso
 model, in the order in which they were done. A line is written whole or is not read; running again does what is missing.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ import torch
 from jaxtyping import Bool, Float32, Float64
 from torch import Tensor
 
-from influence import datasets, diffusion, finetuning, keys
+from influence import commit, datasets, diffusion, executors, finetuning, keys
 from influence.datasets import Item
 from influence.devices import exact
-from influence.errors import OptionError
+from influence.errors import OptionError, one_line
 from influence.finetuning import FineTune
 from influence.models import Denoiser
 
@@ -79,13 +79,35 @@ def read_runs(folder: Path, files: int) -> pd.DataFrame:
     """The journal of a truth: name, seed, members (array), loss (array, one for each query) of each retrained model."""
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     file = folder / "runs.jsonl"
-    for line in file.read_bytes().splitlines(keepends=True) if file.exists() else []:
-        if line.endswith(b"\n"):  # a torn last line is done again
+    for number, line in enumerate(file.read_bytes().splitlines(keepends=True) if file.exists() else [], 1):
+        if not line.endswith(b"\n"):  # a torn last line is done again
+            continue
+        try:
             row = json.loads(line)
             bits = np.unpackbits(np.frombuffer(bytes.fromhex(row["members"]), np.uint8), count=files)
-            row |= {"members": bits.astype(bool), "loss": np.array(row["loss"])}
+            row |= {"members": bits.astype(bool), "loss": np.array(row["loss"], dtype=float)}
             rows[row["name"], row["seed"]] = row
+        except (ValueError, KeyError, TypeError) as error:
+            raise OptionError(
+                f"line {number} of {file} is no retrained model ({type(error).__name__}: {one_line(error)}); "
+                "remove the line, and that model is retrained"
+            ) from None
     return pd.DataFrame(list(rows.values()), columns=["name", "seed", "members", "loss", "weights"])
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The `truth.json` of a truth.
+
+    Raises:
+        OptionError: It is none.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OptionError(f"{file} cannot be read ({one_line(error)}); choose another folder, or remove it") from None
+    if not isinstance(found, dict):
+        raise OptionError(f"{file} holds a {type(found).__name__}; expected facts of a truth; choose another folder")
+    return found
 
 
 def create(
@@ -115,6 +137,11 @@ def create(
         "format": 1,
         "recipe": asdict(recipe),
         "base": denoiser.identity["model"],
+        "encoders": denoiser.identity["encoders"],
+        "schedule": denoiser.identity["schedule"],
+        "prediction": denoiser.schedule.prediction,
+        "weighting": denoiser.schedule.weighting,
+        "sample_shape": list(denoiser.sample_shape),
         "items": [{"item_id": item.item_id, "file_name": item.file_name, "creator": item.creator} for item in items],
         "queries": [
             {"item_id": i, "file_name": Path(q.path).name, "kind": q.kind, "caption": q.caption}
@@ -126,10 +153,10 @@ def create(
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "truth.json"
     if not file.exists():
-        file.write_text(text, encoding="utf-8")
-    elif file.read_text(encoding="utf-8") != text:
-        there = json.loads(file.read_text(encoding="utf-8"))
-        odd = [name for name in facts if there.get(name) != facts[name]]
+        commit.write_atomic(file, text.encode())
+    there = read_json(file)
+    odd = [name for name in facts if there.get(name) != json.loads(text)[name]]
+    if odd:
         raise OptionError(f"{file} is of other {', '.join(odd)}; expected the same; choose another folder")
     return Truth(folder, recipe, str(base), str(dataset), items, list(queries), ids, draws, resolution)
 
@@ -247,20 +274,6 @@ def losses(
     return np.concatenate(found).astype(np.float64).reshape(len(ids), draws).mean(1)
 
 
-_retrainer: Retrainer | None = None
-
-
-def _begin(truth: Truth) -> None:
-    global _retrainer
-    torch.set_num_threads(1)
-    _retrainer = Retrainer(truth)
-
-
-def _work(run: Run) -> dict[str, Any]:
-    assert _retrainer is not None
-    return _retrainer(run)
-
-
 def retrain(
     truth: Truth,
     runs: Iterable[Run],
@@ -277,34 +290,54 @@ def retrain(
         progress: Called with `retrain`, runs done and runs in all.
     """
     wanted = list(runs)
-    done = {(name, seed) for name, seed in truth.runs()[["name", "seed"]].itertuples(index=False)}
+    done = {(row.name, row.seed): row.members for row in truth.runs().itertuples(index=False)}
     todo = [run for run in wanted if (run.name, run.seed) not in done]
+    for run in wanted:
+        if not np.array_equal(done.get((run.name, run.seed), run.members), run.members):
+            raise OptionError(
+                f"{truth.folder / 'runs.jsonl'} has {run.name!r} of other images than are to be trained on; expected "
+                "the same; choose another folder"
+            )
     if not todo:
         return truth.runs()
     progress("retrain", len(wanted) - len(todo), len(wanted))
+    count = len(wanted) - len(todo)
     with (truth.folder / "runs.jsonl").open("ab") as journal:
         _end_torn_line(truth.folder / "runs.jsonl", journal)
-        for count, row in enumerate(_rows(truth, todo, workers), 1):
+
+        def keep(row: dict[str, Any]) -> None:
+            nonlocal count
             journal.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             journal.flush()
             os.fsync(journal.fileno())
-            progress("retrain", len(wanted) - len(todo) + count, len(wanted))
+            count += 1
+            progress("retrain", count, len(wanted))
+
+        if workers == 1:
+            with _one_thread():
+                executors.run_here(_prepare(truth, todo, 1), range(len(todo)), keep)
+        else:
+            prepare = functools.partial(_prepare, truth, todo)
+            executors.run_processes(prepare, range(len(todo)), workers, keep)
     return truth.runs()
 
 
-def _rows(truth: Truth, runs: Sequence[Run], workers: int) -> Iterator[dict[str, Any]]:
-    """Retrain in this process, or in several; one thread each, so that the sums come out the same."""
-    if workers == 1:
-        threads = torch.get_num_threads()
+def _prepare(truth: Truth, runs: Sequence[Run], workers: int) -> executors.Work:
+    """Load what is retrained; in a process of several with one thread, so that the sums come out the same."""
+    if workers > 1:
         torch.set_num_threads(1)
-        try:
-            yield from map(Retrainer(truth), runs)
-        finally:
-            torch.set_num_threads(threads)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin, initargs=(truth,)) as pool:
-        for future in as_completed([pool.submit(_work, run) for run in runs]):
-            yield future.result()
+    retrainer = Retrainer(truth)
+    return lambda number: retrainer(runs[number])
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _end_torn_line(path: Path, journal: Any) -> None:

@@ -185,3 +185,21 @@ def test_files_of_one_picture_are_members_of_their_own_and_so_they_are_scored(ma
     totals = {owner: tau[:, [item.creator == owner for item in truth.items]].sum(1) for owner in found.owners}
     np.testing.assert_allclose(found.predicted, list(totals.values()))
     assert found.predicted.sum(0) == pytest.approx(tau.sum(1))
+
+
+def test_no_two_coalitions_share_a_name():
+    name = influence.evaluation.coalition_name
+    assert name(frozenset({"b", "a"})) == "owners: a + b" and name(frozenset()) == "owners: "
+    sets = [{"a", "b"}, {"a + b"}, {"a + b", "c"}, {"a", "b + c"}, {'["a', 'b"]'}, {'["a + b"]'}]
+    assert len({name(frozenset(owners)) for owners in sets}) == len(sets)
+
+
+def test_queries_that_cannot_be_used_are_told(made, tmp_path):
+    folder, said = pictures(tmp_path / "q", count=2, size=8, captions=False, key=3), []
+    (folder / "001.png").write_bytes(b"none")
+    truth = influence.truth_of(
+        influence.open_store(made / "store"), tmp_path / "t", base=made / "base", queries={"unseen": folder},
+        message=said.append,
+    )  # fmt: skip
+    assert len(truth.queries) == 1
+    assert any(line.startswith("queries unseen: refused 001.png: ") for line in said), said

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import shutil
 
 import numpy as np
@@ -264,3 +265,50 @@ def test_few_pixels_at_a_time_are_decoded_and_encoded(tmp_path, monkeypatch, sid
     assert done == [step for count in batches for step in ["decode"] * count + [count]]
     alone = torch.cat([retraining.encode(denoiser, [path], ["a"])[0] for path in paths])
     torch.testing.assert_close(x0, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_truth_of_another_set_up_is_refused(tmp_path):
+    base, data = tiny_stable_diffusion(tmp_path / "base"), pictures(tmp_path / "data", count=3)
+    options = {"dataset": data, "recipe": FineTune(1, 3, 1e-3, lora_rank=2), "draws": 4}
+    options["queries"] = [Query(str(data / "000.png"), "trained", "a")]
+    first = retraining.create(tmp_path / "t", base=base, **options)
+    assert retraining.create(tmp_path / "t", base=base, **options).query_ids == first.query_ids
+    with pytest.raises(OptionError, match=r"truth.json is of other sample_shape; expected the same"):
+        retraining.create(tmp_path / "t", base=base, resolution=32, **options)
+    other = shutil.copytree(base, tmp_path / "other")
+    shutil.rmtree(other / "vae")
+    tiny_stable_diffusion(tmp_path / "again", seed=5)
+    shutil.copytree(tmp_path / "again" / "vae", other / "vae")
+    with pytest.raises(OptionError, match=r"truth.json is of other encoders; expected the same"):
+        retraining.create(tmp_path / "t", base=other, **options)
+
+
+def test_a_damaged_truth_is_told_by_file_and_line(truth, tmp_path):
+    folder = shutil.copytree(truth.folder, tmp_path / "t")
+    retraining.retrain(dataclasses.replace(truth, folder=folder), [Run("a", np.zeros(len(truth.items), bool), 0)])
+    lines = (folder / "runs.jsonl").read_bytes()
+    (folder / "runs.jsonl").write_bytes(b'{"name": "b"}\n' + lines)
+    with pytest.raises(OptionError, match=r"line 1 of .*runs.jsonl is no retrained model .*remove the line"):
+        retraining.read_runs(folder, len(truth.items))
+    (folder / "runs.jsonl").write_bytes(lines)
+    with pytest.raises(OptionError, match=r"has 'a' of other images than are to be trained on"):
+        retraining.retrain(dataclasses.replace(truth, folder=folder), [Run("a", np.ones(len(truth.items), bool), 0)])
+    for content in ('{"format": 1', "[]"):
+        (folder / "truth.json").write_text(content)
+        with pytest.raises(OptionError, match=r"truth.json (cannot be read|holds a list)"):
+            retraining.read_json(folder / "truth.json")
+
+
+def test_the_first_error_of_several_processes_ends_them_all_and_what_was_done_is_kept(truth, tmp_path):
+    folder = shutil.copytree(truth.folder, tmp_path / "t", ignore=shutil.ignore_patterns("runs.jsonl"))
+    (folder / "runs.jsonl").unlink(missing_ok=True)
+    runs = [Run(f"r{i}", np.zeros(len(truth.items), bool), i) for i in range(4)]
+
+    def stop(what, done, total):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        retraining.retrain(dataclasses.replace(truth, folder=folder), runs, workers=2, progress=stop)
+    assert len(retraining.read_runs(folder, len(truth.items))) == 1
+    assert not multiprocessing.active_children()

@@ -91,7 +91,7 @@ def test_a_damaged_shard_of_it_is_built_again_of_it(world, tmp_path):
 
 
 def test_a_store_without_it_says_how_to_make_it(world):
-    with pytest.raises(OptionError, match="needs a fine-tune of half the epochs: make it with influence halve"):
+    with pytest.raises(OptionError, match="was built without: make it with influence halve, and build another store"):
         influence.attribute(world / "data" / "003.png", world / "of_half", method="two-length", draws=DRAWS)
 
 
@@ -193,3 +193,44 @@ def test_halve_trains_on_every_file_as_build_counts_them_and_says_what_it_leaves
     finetuning.fine_tune(expected, dataclasses.replace(WHOLE, epochs=1.5), x0, None, seed=0)
     for name, value in expected.parameters.items():
         torch.testing.assert_close(found.parameters[name], value.detach(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_build_goes_on_where_its_models_are_now(world, tmp_path, workers):
+    for name in ("base", "model", "half"):
+        shutil.copytree(world / name, tmp_path / name)
+    pictures(tmp_path / "data", count=7, size=8, captions=False)
+    options = {"dim": 64, "draws": DRAWS, "metric": "plain", "store": tmp_path / "s"}
+    influence.build(
+        tmp_path / "data", model=tmp_path / "model", base=tmp_path / "base", half=tmp_path / "half", **options
+    )
+    for name in ("base", "model", "half"):
+        (tmp_path / name).rename(tmp_path / f"{name}2")
+    pictures(tmp_path / "more", count=9, size=8, captions=False)
+    for i in (7, 8):
+        shutil.copy(tmp_path / "more" / f"{i:03d}.png", tmp_path / "data")
+    shutil.copy(tmp_path / "more" / "metadata.csv", tmp_path / "data")
+    made = influence.build(
+        tmp_path / "data", model=tmp_path / "model2", base=tmp_path / "base2", half=tmp_path / "half2",
+        workers=workers, **options,
+    )  # fmt: skip
+    assert made.complete("half") and made.num_rows("half")[0] == 9
+
+
+def test_repair_takes_what_was_moved_from_where_it_is_now(world, tmp_path):
+    for name in ("half", "model", "controls", "data"):
+        shutil.copytree(world / name, tmp_path / name)
+    store = shutil.copytree(world / "s", tmp_path / "s")
+    for part in (store / "shards", store / "controls" / "shards"):
+        (file,) = part.glob("half-000000-*.h5")
+        file.write_bytes(file.read_bytes()[:-7])
+    there = {name: world / name for name in ("half", "model", "controls")}
+    try:
+        for path in there.values():
+            path.rename(path.with_name(f"{path.name}-away"))
+        moved = {name: tmp_path / name for name in there}
+        influence.repair(store, **moved)
+    finally:
+        for path in there.values():
+            path.with_name(f"{path.name}-away").rename(path)
+    assert influence.verify(store) == []

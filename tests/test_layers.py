@@ -8,14 +8,14 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "influence"
 LAYERS = [
     ["errors", "quiet"],
-    ["keys", "progress", "devices", "triton_sketch", "spreadsheet"],
+    ["keys", "progress", "devices", "triton_sketch", "spreadsheet", "executors"],
     ["spec", "diffusion", "projection", "curvature", "significance"],
     ["royalties", "verdicts"],
     ["gradients", "scoring", "metrics", "similarity"],
     ["features", "commit", "memory", "adapters"],
     ["allocation", "datasets", "models", "shards", "exclusions", "training"],
     ["items", "finetuning"],
-    ["store", "executors", "typefaces", "horizon", "taking"],
+    ["store", "typefaces", "horizon", "taking"],
     ["verification", "figure", "contactsheet", "loading", "retraining"],
     ["waypoints", "halving"],
     ["building"],
