@@ -184,14 +184,18 @@ def fine_tune(
 
 
 def require_absent(folder: str | Path, recipe: FineTune) -> None:
-    """Refuse a folder where `save` would find a model, before it is trained.
+    """Refuse a folder where `save` would find a model, or that cannot be made, before it is trained.
 
     Raises:
-        ModelError: There is one.
+        ModelError: There is one, or it cannot be made.
     """
     taken = Path(folder) if recipe.lora_rank is None else Path(folder) / adapters.LORA_FILE
     if taken.exists():
         raise ModelError(f"{taken} exists already; choose another folder, or remove it")
+    try:
+        taken.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelError(f"{taken.parent} cannot be made: {error.strerror}; choose another folder") from None
 
 
 def save(denoiser: Denoiser, recipe: FineTune, folder: str | Path, *, base: str | Path) -> None:

@@ -234,3 +234,10 @@ def test_repair_takes_what_was_moved_from_where_it_is_now(world, tmp_path):
         for path in there.values():
             path.with_name(f"{path.name}-away").rename(path)
     assert influence.verify(store) == []
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_training(world, tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "r.json").write_text(json.dumps(dataclasses.asdict(WHOLE)))
+    with pytest.raises(ModelError, match="cannot be made: .*; choose another folder"):
+        influence.halve(world / "data", tmp_path / "file" / "half", base=world / "base", recipe=tmp_path / "r.json")
