@@ -1,5 +1,6 @@
 """LoRA files and the adapters that they are of, in diffusers' networks by way of peft."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from influence.quiet import quiet
 with quiet():  # it remarks at import that torchvision, which nothing here needs, is absent
     from diffusers import StableDiffusionPipeline
     from peft import LoraConfig, get_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _ADAPTER = "default_0"  # as diffusers names the first that it loads
@@ -60,6 +62,7 @@ def attach(unet: Any, text_encoder: nn.Module, lora: Path, notes: list[str]) -> 
         raise ModelError(
             f"{file} has {expected} UNet tensors, of which {len(loaded)} fit the model; is it of this base?"
         )
+    _require_alphas(unet, alphas or {}, file)
     if any(name.startswith("text_encoder.") for name in state):
         notes.append("the LoRA also changes the text encoder: applied, but gradients are of the UNet's adapter only")
     if all(not bool(p.any()) for name, p in loaded.items() if "lora_B" in name):
@@ -68,6 +71,17 @@ def attach(unet: Any, text_encoder: nn.Module, lora: Path, notes: list[str]) -> 
         (name, sorted(module.scaling.items())) for name, module in unet.named_modules() if hasattr(module, "scaling")
     )
     return state, repr(scalings)
+
+
+def _require_alphas(unet: nn.Module, alphas: Mapping[str, float], file: Path) -> None:
+    """Refuse layers of several α that were not put in with their own: diffusers may keep the commonest for all."""
+    wanted = {float(alpha) for name, alpha in alphas.items() if name.startswith("unet.")}
+    found = {m.scaling[_ADAPTER] * m.r[_ADAPTER] for m in unet.modules() if isinstance(m, LoraLayer)}
+    if len(wanted) > 1 and len(found) < len(wanted):
+        raise ModelError(
+            f"{file} has layers of {len(wanted)} different α, and diffusers takes {len(found)} of them; not supported: "
+            "save the LoRA with one α for all"
+        )
 
 
 def _refuse_dora(file: Path) -> None:

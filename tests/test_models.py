@@ -461,3 +461,12 @@ def test_a_network_that_does_not_read_the_latents_of_the_vae_is_refused(folder, 
     fill(UNet2DConditionModel.from_config(config, **channels), 0).save_pretrained(tmp_path / "m" / "unet")
     with pytest.raises(ModelError, match=message):
         load_denoiser(tmp_path / "m")
+
+
+def test_a_lora_whose_layers_have_several_alphas_is_refused_since_diffusers_takes_one(folder, tmp_path):
+    file = kohya_lora(folder / "lora" / "pytorch_lora_weights.safetensors", tmp_path / "several.safetensors", 2)
+    state = load_file(file)
+    odd = sorted(name for name in state if name.endswith("alpha"))[3]
+    save_file(state | {odd: torch.tensor(7.0)}, file)
+    with pytest.raises(ModelError, match=r"has layers of 2 different α, and diffusers takes 1 of them"):
+        load_denoiser(folder / "sd", lora=file)
