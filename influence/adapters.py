@@ -1,5 +1,6 @@
 """LoRA files and the adapters that they are of, in diffusers' networks by way of peft."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,9 @@ def attach(unet: Any, text_encoder: nn.Module, lora: Path, notes: list[str]) -> 
         if len(known) < len(state):
             odd = next(name for name in state if name not in known)
             raise ModelError(f"{file}: {odd} belongs to no part of a StableDiffusionPipeline")
-        StableDiffusionPipeline.load_lora_into_unet(state, network_alphas=alphas, unet=unet, metadata=metadata)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*alpha_pattern keys did not match")  # refused below
+            StableDiffusionPipeline.load_lora_into_unet(state, network_alphas=alphas, unet=unet, metadata=metadata)
         if any(name.startswith("text_encoder.") for name in state):
             StableDiffusionPipeline.load_lora_into_text_encoder(
                 state, network_alphas=alphas, text_encoder=text_encoder, metadata=metadata
