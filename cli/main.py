@@ -38,6 +38,8 @@ class Group(click.Group):
                 return super().invoke(ctx)
         except influence.InfluenceError as error:
             raise click.ClickException(clean(str(error))) from error
+        except BrokenPipeError:  # whoever read the output has had enough
+            raise
         except OSError as error:
             raise click.ClickException(clean(f"{error.filename or 'a file'}: {error.strerror or error}")) from error
         except _Stopped as stopped:

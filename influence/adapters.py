@@ -1,6 +1,7 @@
 """LoRA files and the adapters that they are of, in diffusers' networks by way of peft."""
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,13 +78,14 @@ def attach(unet: Any, text_encoder: nn.Module, lora: Path, notes: list[str]) -> 
 
 
 def _require_alphas(unet: nn.Module, alphas: Mapping[str, float], file: Path) -> None:
-    """Refuse layers of several α that were not put in with their own: diffusers may keep the commonest for all."""
-    wanted = {float(alpha) for name, alpha in alphas.items() if name.startswith("unet.")}
-    found = {m.scaling[_ADAPTER] * m.r[_ADAPTER] for m in unet.modules() if isinstance(m, LoraLayer)}
-    if len(wanted) > 1 and len(found) < len(wanted):
+    """Refuse layers that were not put in with their own α: diffusers may keep the commonest for all."""
+    wanted = Counter(round(float(alpha), 4) for name, alpha in alphas.items() if name.startswith("unet."))
+    layers = [module for module in unet.modules() if isinstance(module, LoraLayer)]
+    odd = wanted - Counter(round(layer.scaling[_ADAPTER] * layer.r[_ADAPTER], 4) for layer in layers)
+    if odd:
         raise ModelError(
-            f"{file} has layers of {len(wanted)} different α, and diffusers takes {len(found)} of them; not supported: "
-            "save the LoRA with one α for all"
+            f"{file} has {odd.total()} layers of α = {min(odd):g}, say, that diffusers scales by another, as it takes "
+            "one for all; not supported: save the LoRA with one α"
         )
 
 

@@ -120,7 +120,7 @@ def answer(
     )  # fmt: skip
     return of_scored(
         scored, clusters, usage=weights, pool=pool, currency=currency, truth=truth, embedding=embedding,
-        dataset=dataset, message=message,
+        dataset=dataset, progress=progress, message=message,
     )  # fmt: skip
 
 
@@ -134,6 +134,7 @@ def of_scored(
     truth: str | os.PathLike[str] | None = None,
     embedding: str | os.PathLike[str] | None = None,
     dataset: str | os.PathLike[str] | None = None,
+    progress: Progress = silent,
     message: Message = silent,
 ) -> Answers:
     """What `answer` says of pictures once they are scored; arguments as there, `clusters` those that `scored` counted.
@@ -153,7 +154,7 @@ def of_scored(
     denoiser = scored.loaded.denoiser
     copies = nearcopies.near_copies(
         paths, scored.store, metrics=nearcopies.metrics_of(denoiser), embedding=embedding, dataset=dataset,
-        denoiser=denoiser, message=message,
+        denoiser=denoiser, progress=progress, message=message,
     )  # fmt: skip
     looks = _looks(paths, scored, dataset)
     made = [_verdict(scored, q, copies[copies["query"] == path]) for q, path in enumerate(paths)]

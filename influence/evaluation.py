@@ -234,7 +234,7 @@ def kept_shapley(folder: str | os.PathLike[str]) -> tuple[list[str], dict[str, F
 
 def coalition_name(owners: frozenset[str]) -> str:
     """The name of a coalition's runs in the journal of a truth: no two coalitions have the same."""
-    if any(" + " in owner for owner in owners):
+    if any("+" in owner for owner in owners):
         return "owners as JSON: " + json.dumps(sorted(owners), ensure_ascii=False)
     return "owners: " + " + ".join(sorted(owners))
 

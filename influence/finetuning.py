@@ -7,6 +7,7 @@ takes away their steps and leaves those of the others.
 import inspect
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -196,6 +197,8 @@ def require_absent(folder: str | Path, recipe: FineTune) -> None:
         taken.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ModelError(f"{taken.parent} cannot be made: {error.strerror}; choose another folder") from None
+    if not os.access(taken.parent, os.W_OK | os.X_OK):
+        raise ModelError(f"{taken.parent} cannot be written to; choose another folder")
 
 
 def save(denoiser: Denoiser, recipe: FineTune, folder: str | Path, *, base: str | Path) -> None:

@@ -30,6 +30,7 @@ from influence.quiet import quiet
 PIPELINES = ("DDPMPipeline", "StableDiffusionPipeline")
 _MAX_CAPTIONS = 1024
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+_SAME_BETAS = ("DPMSolverSDEScheduler",)  # of the family, but a stand-in where torchsde is not installed
 _PADDING = 128  # a table of vectors may be filled up to a multiple of this
 
 
@@ -401,7 +402,7 @@ def _schedule(parts: Path, unet: nn.Module, notes: list[str]) -> NoiseSchedule:
     else:
         raise ModelError(f"{file} is missing; copy the scheduler folder of the base model to {parts}")
     name, steps = str(config.get("_class_name")), config.get("num_train_timesteps", 1000)
-    if not _has_betas(getattr(diffusers, name, None)):
+    if name not in _SAME_BETAS and not _has_betas(getattr(diffusers, name, None)):
         raise ModelError(
             f"scheduler {name} is not supported; expected one of the DDPM family (DDPM, DDIM, PNDM …): "
             f"put the one that the model was trained with into {file.parent}"

@@ -32,7 +32,7 @@ COLUMNS = [
     "near_copy",
 ]  # fmt: skip
 _FEW = 1000  # pairs that a 99.9 % quantile needs
-_BATCH = 16
+_BATCH, _PIXELS = 64, 64 * 32 * 32  # encoded at once: few large pictures, as the layers of a VAE are wide
 
 
 def near_copies(
@@ -102,7 +102,7 @@ def near_copies(
                     made, model=model, lora=lora, draws=1, engine="auto", batch_size=1, device=device, message=message
                 )[0].denoiser
             compare = similarity.similarity
-            trained = _trained_latents(made, denoiser, items, progress)
+            trained = _trained_latents(made, denoiser, items, progress, message)
             asked = _latents(denoiser, names, silent)
         else:
             compare = similarity.cosine
@@ -203,12 +203,15 @@ def metrics_of(denoiser: Denoiser) -> tuple[str, ...]:
     return METRICS if tuple(denoiser.sample_shape) != tuple(denoiser.image_size) else METRICS[:1]
 
 
-def _trained_latents(made: Store, denoiser: Denoiser, items: Sequence[Item], progress: Progress) -> Tensor:
+def _trained_latents(
+    made: Store, denoiser: Denoiser, items: Sequence[Item], progress: Progress, message: Message
+) -> Tensor:
     """Latents of training pictures, made once and kept in the store, named by the pictures' ids and the model."""
     key = repr(([item.item_id for item in items], made.spec.to_json(), similarity.SIDE))
     name = f"latents-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     kept = made.read_derived(name)
     if kept is None:
+        message(f"encoding {len(items)} training pictures once for near copies, kept in the store")
         kept = {"latents": _latents(denoiser, items, progress).numpy()}
         made.write_derived(name, kept)
     return torch.from_numpy(kept["latents"])
@@ -219,9 +222,10 @@ def _latents(denoiser: Denoiser, pictures: Sequence[Item | Name], progress: Prog
     height, width = (min(side, SIDE) for side in denoiser.sample_shape[1:])
     device = next(iter(denoiser.parameters.values())).device
     parts = []
-    for first in range(0, len(pictures), _BATCH):
+    size = max(1, min(_BATCH, _PIXELS // (denoiser.image_size[1] * denoiser.image_size[2])))
+    for first in range(0, len(pictures), size):
         progress("latents", first, len(pictures))
-        part = pixels(pictures[first : first + _BATCH], denoiser.image_size)
+        part = pixels(pictures[first : first + size], denoiser.image_size)
         latents = denoiser.encode_images(part.to(device)).float()
         parts.append(torch.nn.functional.adaptive_avg_pool2d(latents, (height, width)).cpu())
     progress("latents", len(pictures), len(pictures))

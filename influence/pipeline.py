@@ -32,6 +32,7 @@ from influence.waypoints import (
     model_of,
     require_same_parameters,
     way,
+    where_now,
 )
 
 LIBRARIES = ("influence", "torch", "diffusers", "peft", "transformers", "numpy", "h5py", "pillow")
@@ -144,8 +145,7 @@ def build(
     if controls is not None:
         parts.append(_controls(made, loaded, options, data, controls, source, message))
         run_shards(parts[1][0], "loss", loaded, parts[1][1], parts[1][2], workers, progress, message)
-    now = {name: source[name] for name in ("model", "lora", "base", "half") if source[name] is not None}
-    where = {**made.source, **now}  # a model may have been moved since the store was made
+    where = where_now(made.source, **{name: source[name] for name in ("model", "lora", "base", "half")})
     for family in METHODS[default_method(made.source)].elsewhere:
         todo = [part for part in parts if part[0].missing(family)]
         of = model_of(family, where, loaded) if todo else loaded

@@ -11,7 +11,7 @@ from influence.pipeline import read
 from influence.progress import Message, Progress, silent
 from influence.shards import FAMILIES
 from influence.verification import Problem, drop, verify
-from influence.waypoints import model_of
+from influence.waypoints import model_of, where_now
 
 
 def repair(
@@ -63,8 +63,6 @@ def repair(
     if not problems:
         return []
     folder, inside = stores.found(store), f"{stores.CONTROLS}/"
-    given = {"model": model, "lora": lora, "base": base, "half": half}
-    moved = {name: str(Path(path).absolute()) for name, path in given.items() if path is not None}
     todo = []
     for prefix in ("", inside):
         damaged = [
@@ -90,7 +88,7 @@ def repair(
         for family in FAMILIES:
             numbers = {problem.shard for problem in damaged if problem.family == family and problem.shard is not None}
             if numbers:
-                of = model_of(family, {**made.source, **moved}, loaded)
+                of = model_of(family, where_now(made.source, model=model, lora=lora, base=base, half=half), loaded)
                 todo.append((made, family, numbers, of, options, data))
     drop(folder, problems)
     for made, family, numbers, loaded, options, data in todo:

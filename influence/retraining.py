@@ -134,7 +134,7 @@ def create(
         raise OptionError(f"{bare} has no caption, and the model reads captions; give the query its prompt")
     ids = [datasets.item_id(datasets.decode(Path(query.path))[0], query.caption) for query in queries]
     facts = {
-        "format": 1,
+        "format": 2,
         "recipe": asdict(recipe),
         "base": denoiser.identity["model"],
         "encoders": denoiser.identity["encoders"],
@@ -155,6 +155,11 @@ def create(
     if not file.exists():
         commit.write_atomic(file, text.encode())
     there = read_json(file)
+    if there.get("format") != facts["format"]:
+        raise OptionError(
+            f"{file} is of format {there.get('format')}, which does not say of which set-up it is; expected "
+            f"{facts['format']}; choose another folder"
+        )
     odd = [name for name in facts if there.get(name) != json.loads(text)[name]]
     if odd:
         raise OptionError(f"{file} is of other {', '.join(odd)}; expected the same; choose another folder")

@@ -143,6 +143,16 @@ def require_same_parameters(found: Denoiser, finetuned: Denoiser, what: str, adv
         )
 
 
+def where_now(source: Mapping[str, Any], **given: str | os.PathLike[str] | None) -> dict[str, Any]:
+    """Where models are: as the store has it, but for those that are given as `model`, `lora`, `base` or `half`.
+
+    The base of a LoRA is the model that it was put on, and was moved with it.
+    """
+    now = {name: str(Path(path).absolute()) for name, path in given.items() if path is not None}
+    with_it = {"base": None} if source["lora"] is not None and "model" in now else {}
+    return {**source, **with_it, **now}
+
+
 def model_of(
     family: str,
     source: Mapping[str, Any],

@@ -190,7 +190,16 @@ def test_files_of_one_picture_are_members_of_their_own_and_so_they_are_scored(ma
 def test_no_two_coalitions_share_a_name():
     name = influence.evaluation.coalition_name
     assert name(frozenset({"b", "a"})) == "owners: a + b" and name(frozenset()) == "owners: "
-    sets = [{"a", "b"}, {"a + b"}, {"a + b", "c"}, {"a", "b + c"}, {'["a', 'b"]'}, {'["a + b"]'}]
+    sets = [
+        {"a", "b"},
+        {"a + b"},
+        {"a + b", "c"},
+        {"a", "b + c"},
+        {'["a', 'b"]'},
+        {'["a + b"]'},
+        {"! +", "b"},
+        {"!", "+ b"},
+    ]
     assert len({name(frozenset(owners)) for owners in sets}) == len(sets)
 
 

@@ -293,6 +293,10 @@ def test_a_damaged_truth_is_told_by_file_and_line(truth, tmp_path):
     (folder / "runs.jsonl").write_bytes(lines)
     with pytest.raises(OptionError, match=r"has 'a' of other images than are to be trained on"):
         retraining.retrain(dataclasses.replace(truth, folder=folder), [Run("a", np.ones(len(truth.items), bool), 0)])
+    facts = json.loads((folder / "truth.json").read_text(encoding="utf-8"))
+    (folder / "truth.json").write_text(json.dumps(facts | {"format": 1}), encoding="utf-8")
+    with pytest.raises(OptionError, match="is of format 1, which does not say of which set-up it is"):
+        retraining.create(folder, base=truth.base, dataset=truth.dataset, recipe=truth.recipe, queries=truth.queries)
     for content in ('{"format": 1', "[]"):
         (folder / "truth.json").write_text(content)
         with pytest.raises(OptionError, match=r"truth.json (cannot be read|holds a list)"):

@@ -368,7 +368,15 @@ def test_a_noise_schedule_that_is_not_of_the_ddpm_family_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize(
-    "name", ["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler", "LCMScheduler"]
+    "name",
+    [
+        "DDIMScheduler",
+        "PNDMScheduler",
+        "EulerDiscreteScheduler",
+        "UniPCMultistepScheduler",
+        "LCMScheduler",
+        "DPMSolverSDEScheduler",
+    ],  # the last a stand-in, where torchsde is not installed
 )
 def test_samplers_of_the_ddpm_family_say_the_schedule_of_the_training(folder, tmp_path, name):
     found = load_denoiser(edited(folder / "sd", tmp_path, "scheduler/scheduler_config.json", _class_name=name))
@@ -468,5 +476,17 @@ def test_a_lora_whose_layers_have_several_alphas_is_refused_since_diffusers_take
     state = load_file(file)
     odd = sorted(name for name in state if name.endswith("alpha"))[3]
     save_file(state | {odd: torch.tensor(7.0)}, file)
-    with pytest.raises(ModelError, match=r"has layers of 2 different α, and diffusers takes 1 of them"):
+    with pytest.raises(ModelError, match=r"has 1 layers of α = 7, say, that diffusers scales by another"):
+        load_denoiser(folder / "sd", lora=file)
+
+
+def test_a_lora_whose_ranks_are_scaled_by_one_alpha_and_should_not_be_is_refused(folder, tmp_path):
+    file = kohya_lora(folder / "lora" / "pytorch_lora_weights.safetensors", tmp_path / "ranks.safetensors", 1)
+    state = load_file(file)
+    layer = sorted(name for name in state if name.endswith("alpha"))[2].removesuffix(".alpha")
+    down, up = (state[f"{layer}.lora_{part}.weight"] for part in ("down", "up"))
+    state[f"{layer}.lora_down.weight"] = torch.ones(49, down.shape[1])  # scaled back, α / 49 · 49 is not quite α
+    state[f"{layer}.lora_up.weight"] = torch.ones(up.shape[0], 49)
+    save_file(state | {f"{layer}.alpha": torch.tensor(49.0)}, file)
+    with pytest.raises(ModelError, match=r"has 1 layers of α = 49, say, that diffusers scales by another"):
         load_denoiser(folder / "sd", lora=file)

@@ -346,3 +346,15 @@ def test_between_two_text_encoders_captions_are_encoded_by_one_between(tmp_path)
     assert torch.equal(end.encode_captions(["a fox"]), after)
     same = models.between(end, end, 0.5)
     assert same._text_encoder is end._text_encoder  # no copy where the fine-tune left it as it was
+
+
+def test_the_base_of_a_lora_is_where_its_model_is_now(tmp_path):
+    sd = tiny_stable_diffusion(tmp_path / "sd")
+    tiny_lora(sd, tmp_path / "lora")
+    pictures(tmp_path / "data", count=4)
+    influence.build(tmp_path / "data", model=sd, base=sd, lora=tmp_path / "lora", store=tmp_path / "s", dim=32, draws=4)
+    (file,) = (tmp_path / "s" / "shards").glob("late-000000-*.h5")
+    file.write_bytes(file.read_bytes()[:-9])
+    (tmp_path / "sd").rename(tmp_path / "sd2")
+    influence.repair(tmp_path / "s", model=tmp_path / "sd2")
+    assert influence.verify(tmp_path / "s") == []
