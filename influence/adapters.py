@@ -52,10 +52,10 @@ def attach(unet: Any, text_encoder: nn.Module, lora: Path, notes: list[str]) -> 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*alpha_pattern keys did not match")  # refused below
             StableDiffusionPipeline.load_lora_into_unet(state, network_alphas=alphas, unet=unet, metadata=metadata)
-        if any(name.startswith("text_encoder.") for name in state):
-            StableDiffusionPipeline.load_lora_into_text_encoder(
-                state, network_alphas=alphas, text_encoder=text_encoder, metadata=metadata
-            )
+            if any(name.startswith("text_encoder.") for name in state):
+                StableDiffusionPipeline.load_lora_into_text_encoder(
+                    state, network_alphas=alphas, text_encoder=text_encoder, metadata=metadata
+                )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, ModelError):
             raise
@@ -66,7 +66,8 @@ def attach(unet: Any, text_encoder: nn.Module, lora: Path, notes: list[str]) -> 
         raise ModelError(
             f"{file} has {expected} UNet tensors, of which {len(loaded)} fit the model; is it of this base?"
         )
-    _require_alphas(unet, alphas or {}, file)
+    for name, network in (("unet", unet), ("text_encoder", text_encoder)):
+        _require_alphas(network, {key: alpha for key, alpha in (alphas or {}).items() if key.startswith(name)}, file)
     if any(name.startswith("text_encoder.") for name in state):
         notes.append("the LoRA also changes the text encoder: applied, but gradients are of the UNet's adapter only")
     if all(not bool(p.any()) for name, p in loaded.items() if "lora_B" in name):
@@ -77,14 +78,15 @@ def attach(unet: Any, text_encoder: nn.Module, lora: Path, notes: list[str]) -> 
     return state, repr(scalings)
 
 
-def _require_alphas(unet: nn.Module, alphas: Mapping[str, float], file: Path) -> None:
+def _require_alphas(network: nn.Module, alphas: Mapping[str, float], file: Path) -> None:
     """Refuse layers that were not put in with their own α: diffusers may keep the commonest for all."""
-    wanted = Counter(round(float(alpha), 4) for name, alpha in alphas.items() if name.startswith("unet."))
-    layers = [module for module in unet.modules() if isinstance(module, LoraLayer)]
-    odd = wanted - Counter(round(layer.scaling[_ADAPTER] * layer.r[_ADAPTER], 4) for layer in layers)
+    layers = [module for module in network.modules() if isinstance(module, LoraLayer)]
+    # as text of five digits: α / r · r is not quite α
+    wanted = Counter(f"{float(alpha):.5g}" for alpha in alphas.values())
+    odd = wanted - Counter(f"{layer.scaling[_ADAPTER] * layer.r[_ADAPTER]:.5g}" for layer in layers)
     if odd:
         raise ModelError(
-            f"{file} has {odd.total()} layers of α = {min(odd):g}, say, that diffusers scales by another, as it takes "
+            f"{file} has {odd.total()} layers of α = {min(odd)}, say, that diffusers scales by another, as it takes "
             "one for all; not supported: save the LoRA with one α"
         )
 

@@ -29,6 +29,7 @@ from influence.quiet import quiet
 
 PIPELINES = ("DDPMPipeline", "StableDiffusionPipeline")
 _MAX_CAPTIONS = 1024
+_PICTURES = 64  # of 32 × 32 pixels that are encoded at once
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _SAME_BETAS = ("DPMSolverSDEScheduler",)  # of the family, but a stand-in where torchsde is not installed
 _PADDING = 128  # a table of vectors may be filled up to a multiple of this
@@ -94,6 +95,12 @@ def _move(module: nn.Module, other: nn.Module, part: float) -> None:
     for name, value in module.state_dict().items():
         if value.is_floating_point():
             value.lerp_(theirs[name].to(value), part)
+
+
+def pictures_at_once(denoiser: Denoiser) -> int:
+    """How many pictures to encode together: a VAE's widest layer takes 128 MiB for one of 512 × 512."""
+    _, height, width = denoiser.image_size
+    return max(1, min(_PICTURES, _PICTURES * 32 * 32 // (height * width)))
 
 
 class _Unconditional:

@@ -19,7 +19,7 @@ from influence import store as stores
 from influence.datasets import Item
 from influence.errors import DatasetError, OptionError, StoreError
 from influence.loading import load_for
-from influence.models import Denoiser
+from influence.models import Denoiser, pictures_at_once
 from influence.progress import Message, Progress, silent
 from influence.similarity import SIDE
 from influence.store import Store
@@ -32,7 +32,6 @@ COLUMNS = [
     "near_copy",
 ]  # fmt: skip
 _FEW = 1000  # pairs that a 99.9 % quantile needs
-_BATCH, _PIXELS = 64, 64 * 32 * 32  # encoded at once: few large pictures, as the layers of a VAE are wide
 
 
 def near_copies(
@@ -222,7 +221,7 @@ def _latents(denoiser: Denoiser, pictures: Sequence[Item | Name], progress: Prog
     height, width = (min(side, SIDE) for side in denoiser.sample_shape[1:])
     device = next(iter(denoiser.parameters.values())).device
     parts = []
-    size = max(1, min(_BATCH, _PIXELS // (denoiser.image_size[1] * denoiser.image_size[2])))
+    size = pictures_at_once(denoiser)
     for first in range(0, len(pictures), size):
         progress("latents", first, len(pictures))
         part = pixels(pictures[first : first + size], denoiser.image_size)

@@ -29,10 +29,9 @@ from influence.datasets import Item
 from influence.devices import exact
 from influence.errors import OptionError, one_line
 from influence.finetuning import FineTune
-from influence.models import Denoiser
+from influence.models import Denoiser, pictures_at_once
 
 _ROWS = 256
-_PICTURES, _PIXELS = 64, 64 * 32 * 32  # encoded at once: a VAE's widest layer takes 128 MiB for a picture of 512 × 512
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,8 @@ def create(
             f"{file} is of format {there.get('format')}, which does not say of which set-up it is; expected "
             f"{facts['format']}; choose another folder"
         )
-    odd = [name for name in facts if there.get(name) != json.loads(text)[name]]
+    here = json.loads(text)  # as a file gives it back
+    odd = [name for name in here if there.get(name) != here[name]]
     if odd:
         raise OptionError(f"{file} is of other {', '.join(odd)}; expected the same; choose another folder")
     return Truth(folder, recipe, str(base), str(dataset), items, list(queries), ids, draws, resolution)
@@ -246,7 +246,7 @@ def encode(
     channels, height, width = denoiser.image_size
     device = next(iter(denoiser.parameters.values())).device
     # Not always one: a latent's last bits depend on what it is encoded with, and with them a truth's hashes of weights.
-    size = max(1, min(_PICTURES, _PIXELS // (height * width)))
+    size = pictures_at_once(denoiser)
     parts = []
     for start in range(0, len(paths), size):
         arrays = [
