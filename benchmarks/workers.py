@@ -1,12 +1,15 @@
 """Two workers beside one: seconds of a build with each, in turns, and whether the stores are the same bytes.
 
-Every process computes on one thread. It says something only while two cores are free; the model is small, so that
-loading it in each worker counts for more than it would.
+A build with the defaults. Every process computes on one thread. It says something only while two cores are free: what
+two processes multiply at most, beside one, is measured, too. What comes before the first shard (the metric and λ) a
+build does once, in one process, and each worker imports torch and loads the model: some 20 seconds, however many
+pictures there are.
 
     python benchmarks/workers.py
 """
 
 import argparse
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -25,10 +28,29 @@ def shards(store: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (store / "shards").iterdir()}
 
 
+def multiply(_: int) -> float:
+    """Seconds of some products of matrices, which fit the cache, on one thread."""
+    torch.set_num_threads(1)
+    matrix = torch.ones(256, 256)
+    start = time.perf_counter()
+    for _ in range(10000):
+        matrix @ matrix
+    return time.perf_counter() - start
+
+
+def limit() -> float:
+    """How many times as much two processes compute as one."""
+    seconds = []
+    for processes in (1, 2):
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            seconds.append(max(pool.map(multiply, range(processes), chunksize=1)))
+    return 2 * seconds[0] / seconds[1]
+
+
 def main() -> None:
     """Build in turns, and print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=64, help="pictures")
+    parser.add_argument("--count", type=int, default=96, help="pictures")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -43,14 +65,15 @@ def main() -> None:
                 shutil.rmtree(folder / "store", ignore_errors=True)
                 start = time.perf_counter()
                 influence.build(
-                    folder / "data", model=folder / "model", store=folder / "store", dim=2048, draws=8,
-                    workers=workers, device="cpu",
+                    folder / "data", model=folder / "model", store=folder / "store", workers=workers,
+                    device="cpu",
                 )  # fmt: skip
                 found.append(time.perf_counter() - start)
                 made[workers] = shards(folder / "store")
     ratios = np.array(seconds[1]) / np.array(seconds[2])
     low, middle, high = np.quantile(ratios, [0, 0.5, 1])
-    print(f"two workers: {middle:.2f} ({low:.2f} … {high:.2f}) times as fast as one; load {os.getloadavg()[0]:.1f}")
+    print(f"two workers: {middle:.2f} ({low:.2f} … {high:.2f}) times as fast as one; seconds {seconds}")
+    print(f"products of matrices: {limit():.2f} times")
     print(f"identical bytes: {made[1] == made[2]} ({len(made[1])} files)")
 
 

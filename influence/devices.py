@@ -1,11 +1,13 @@
 """A GPU computes what a CPU does, with the same bits again, and nobody waits for what is copied to it."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from influence.errors import OptionError
 
@@ -55,6 +57,38 @@ def exact() -> Iterator[None]:
         torch.set_float32_matmul_precision(older)
         for (owner, name), value in zip(kept, before, strict=True):
             setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def passes(device: torch.device, bf16: bool) -> Iterator[None]:
+    """Forward and backward passes inside are in bfloat16 autocast if `bf16` says so, else as they are.
+
+    On a CPU two functions stay in float32. Attention, since its backward in bfloat16 is 1.3 to 6 times slower, the
+    smaller its heads; and the normalisation of layers, as it does on a GPU: `vmap` cannot take its gradient otherwise.
+    """
+    widened = _Float32() if bf16 and device.type == "cpu" else contextlib.nullcontext()
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16), widened:
+        yield
+
+
+class _Float32(TorchFunctionMode):
+    """Some functions are computed in float32 inside, and their results given back in the dtype that went in."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Of these two; all else is left as it is."""
+        kwargs = kwargs or {}
+        if func not in (F.scaled_dot_product_attention, F.layer_norm):
+            return func(*args, **kwargs)
+        dtype = next(given.dtype for given in (*args, *kwargs.values()) if isinstance(given, Tensor))
+        wide = {name: _float32(given) for name, given in kwargs.items()}
+        with torch.autocast("cpu", enabled=False):
+            return func(*map(_float32, args), **wide).to(dtype)
+
+
+def _float32(given: Any) -> Any:
+    return given.float() if isinstance(given, Tensor) and given.is_floating_point() else given
 
 
 def onto(device: torch.device, tensor: Tensor) -> Tensor:

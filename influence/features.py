@@ -14,7 +14,7 @@ from jaxtyping import Float, Float32, Int32, Int64
 from torch import Tensor, nn
 
 from influence import diffusion, gradients
-from influence.devices import exact, onto
+from influence.devices import exact, onto, passes
 from influence.diffusion import NoiseSchedule
 from influence.projection import Projection
 
@@ -129,7 +129,7 @@ def losses(
         for start in range(0, recipe.num_draws, recipe.batch_size):
             which = np.arange(start, min(start + recipe.batch_size, recipe.num_draws))
             clean, t, eps, condition = _rows(recipe, item_ids, x0, cond, np.array([i]), which[None])
-            with torch.autocast(x0.device.type, dtype=torch.bfloat16, enabled=recipe.bf16):
+            with passes(x0.device, recipe.bf16):
                 prediction = network(diffusion.noised(recipe.schedule, clean, t, eps), t, condition)
             found[i, which] = diffusion.losses(recipe.schedule, prediction, clean, t, eps).cpu().numpy()
             steps[i, which] = t.cpu().numpy()

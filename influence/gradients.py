@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from influence.devices import exact
+from influence.devices import exact, passes
 from influence.errors import GradientError
 from influence.projection import Projection
 
@@ -82,8 +82,7 @@ def per_sample_gradients(
     Raises:
         GradientError: A parameter has no rule (hooks), or no gradient reached it.
     """
-    device = inputs.x_t.device
-    with _frozen(network), exact(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+    with _frozen(network), exact(), passes(inputs.x_t.device, bf16):
         return ENGINES[engine](network, parameters, inputs, outputs, projection)
 
 
@@ -286,8 +285,8 @@ def _forward_hook(
 
 
 def _chunk_bytes(device: torch.device) -> int:
-    """Little for the caches of a CPU, more for a GPU, which wants few launches."""
-    return 1 << (26 if device.type == "cpu" else 28)
+    """Little for a CPU, whose allocator keeps no larger blocks; more for a GPU, which wants few launches."""
+    return 1 << (25 if device.type == "cpu" else 28)
 
 
 def _chunks(row_bytes: int, rows: int, group: int, device: torch.device) -> Iterator[tuple[int, int]]:
@@ -339,9 +338,13 @@ def _conv2d(module: nn.Conv2d, x: Tensor, grad: Tensor, group: int) -> Gradients
 
 
 def _conv2d_by_group(module: nn.Conv2d, x: Tensor, grad: Tensor, group: int) -> Tensor:
-    """The library's own weight gradient, once for each group: on a CPU several times faster than unfolding."""
+    """The library's own weight gradient, once for each group: on a CPU several times faster than unfolding.
+
+    They are put together in float32, which bfloat16 has to become in any case.
+    """
     rest = (None, module.stride, module.padding, module.dilation, False, (0, 0), module.groups, (False, True, False))
-    found = grad.new_empty(len(grad) // group, *module.weight.shape)
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    found = grad.new_empty(len(grad) // group, *module.weight.shape, dtype=dtype)
     for i, (g, rows) in enumerate(zip(grad.split(group), x.split(group), strict=True)):
         found[i] = torch.ops.aten.convolution_backward(g, rows, module.weight, *rest)[1]
     return found

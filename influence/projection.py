@@ -91,6 +91,7 @@ def _block_adder(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tens
 def _add_slices(out: Tensor, grads: Tensor, signs: Tensor, offsets: Tensor, scale: float) -> None:
     """Add block by block, each as two slices: the cheapest on a CPU, where a gather costs more than the arithmetic."""
     k, size = out.shape[1], grads.shape[1]
+    signs = signs.to(grads.dtype)  # once: `addcmul_` would do it for each slice
     for start, offset in zip(range(0, size, k), offsets.tolist(), strict=True):
         stop = min(start + k, size)
         split = min(start + k - offset, stop)  # first entry that wraps to bucket 0

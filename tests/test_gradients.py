@@ -255,14 +255,16 @@ def test_chunks_of_a_layer_change_nothing(monkeypatch):
     assert relative(run(), whole) < 1e-6
 
 
-def test_bf16_passes_stay_near_float32():
-    network, parameters, _ = unconditional()
-    x0, t, eps, _ = rows(2, 4, None)
+@pytest.mark.parametrize("engine", gradients.ENGINES)
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_bf16_passes_stay_near_float32(kind, engine):
+    network, parameters, width = NETWORKS[kind]()
+    x0, t, eps, cond = rows(2, 4, width)
     x_t = diffusion.noised(SCHEDULE, x0, t, eps)
     output = loss_output(x0, t, eps, 4)
     full, half = (
         gradients.per_sample_gradients(
-            network, parameters, Inputs(x_t, t), [output], identity_of(parameters), engine="hooks", bf16=bf16
+            network, parameters, Inputs(x_t, t, cond), [output], identity_of(parameters), engine=engine, bf16=bf16
         )[0].features
         for bf16 in (False, True)
     )
