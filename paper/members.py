@@ -1,0 +1,132 @@
+"""Are training images compared fairly with controls? Where only chance decided which is which.
+
+    python paper/ground_truth.py letters --work work/letters
+    python paper/members.py letters --work work/letters
+
+The fine-tune is done again on one random half of the data set (`influence split --holdout 0.5`), by the same recipe,
+and the other half are the controls. Pictures that neither has are the queries, and every third training image. As
+nothing but chance tells the halves apart, what is left between their scores is what training on an image does to its
+own gradient, so far as it is not corrected. Three statistics: the score, the corrected score, which p-values go by, and
+the relative score τ / √(φᵢᵀ C⁻¹ φᵢ) (Barshan et al., 2020), in which what is along φᵢ cancels.
+
+Parts, models and store are kept in `work/…/members`; writes `paper/results/<truth>-members.md`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from calibration import DRAWS, PAPER, queries, say
+from scipy import stats
+
+import influence
+from influence import attribution, curvature, derived, finetuning, scanning, significance
+from influence.scored import Scored
+
+METHOD = "two-length"
+EVERY = 3
+
+
+def trained_again(name: str, work: Path) -> influence.Store:
+    """The store of a model of one half of the images, with the others as controls."""
+    out, base = work / "members", PAPER / "truth" / name / "base"
+    train, controls = out / "parts" / "train", out / "parts" / "controls"
+    if not train.exists():
+        influence.hold_out(work / "dataset", out / "parts", fraction=0.5)
+    recipe = json.loads((work / "model" / finetuning.RECIPE_FILE).read_text(encoding="utf-8"))
+    for folder, times in ((out / "model", 2), (out / "half", 1)):  # `halve` trains for half of the epochs
+        if not (folder / finetuning.RECIPE_FILE).exists():
+            told = out / f"recipe-{folder.name}.json"
+            told.write_text(json.dumps(recipe | {"epochs": times * recipe["epochs"]}), encoding="utf-8")
+            influence.halve(train, folder, base=base, recipe=told, message=say)
+    lora = recipe["lora_rank"] is not None
+    of = {"model": base, "lora": out / "model"} if lora else {"model": out / "model", "base": base}
+    return influence.build(
+        train, store=out / "store", half=out / "half", controls=controls, recipe=out / "model", message=say, **of
+    )
+
+
+def own_influence(made: influence.Store, controls: influence.Store) -> dict[str, float]:
+    """φᵢᵀ C⁻¹ φᵢ of each image, over both models."""
+    method = influence.METHODS[METHOD]
+    factored = derived.solver(made, method, None)
+    found: dict[str, float] = {}
+    for content in (*scanning.blocks(made, method), *scanning.blocks(controls, method)):
+        parts = [curvature.quadratic(factored, torch.tensor(part)).numpy() for part in content.phi]
+        found |= dict(zip(content.item_ids, np.sum(parts, axis=0).tolist(), strict=True))
+    return found
+
+
+def statistics(scored: Scored, own: dict[str, float]) -> dict[str, tuple[np.ndarray, np.ndarray, list[str]]]:
+    """By name: what training images have `[query, train]`, what controls have, and the ids of the former."""
+    table, controls = scored.table, scored.controls
+    assert controls is not None
+    wide = {
+        name: table.pivot_table(index="query", columns="item_id", values=name).loc[scored.queries.paths]
+        for name in ("score", "score_adj")
+    }
+    ids = wide["score"].columns.tolist()
+    scale, other = (np.sqrt([own[i] for i in which]) for which in (ids, controls.item_ids))
+    found = {name: (part.to_numpy(), controls.scores, ids) for name, part in wide.items()}
+    return found | {"relative score": (wide["score"].to_numpy() / scale, controls.scores / other, ids)}
+
+
+def compared(mine: np.ndarray, theirs: np.ndarray, ids: list[str], asked: list[str]) -> dict[str, float]:
+    """How p-values of training images are distributed, and how often one that is asked about is above all controls."""
+    p: list[float] = []
+    found, sizes = [], []
+    for row, strangers, query in zip(mine, theirs, asked, strict=True):
+        null = strangers[~np.isnan(strangers)]
+        above = significance.exceedances(row, null)
+        itself = np.array(ids) == query
+        found += (above[itself] == 0).tolist()
+        p += significance.p_values(above[~itself], len(null)).tolist()
+        sizes.append(np.mean(np.square(row[~itself])) / np.mean(np.square(null)))
+    values = np.array(p)
+    return {
+        "size": float(np.sqrt(np.mean(sizes))),
+        "p ≤ 0.01": (values <= 0.01).mean(),
+        "p ≤ 0.05": (values <= 0.05).mean(),
+        "p ≤ 0.5": (values <= 0.5).mean(),
+        "p ≥ 0.95": (values >= 0.95).mean(),
+        "KS": float(stats.kstest(values, "uniform").statistic),
+        "finds itself": float(np.mean(found)) if found else float("nan"),
+    }
+
+
+def main() -> None:
+    """Train, build, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=("emoji", "letters"))
+    parser.add_argument("--work", type=Path, required=True, help="folder of ground_truth.py")
+    options = parser.parse_args()
+    name, work = options.name, options.work
+    made = trained_again(name, work)
+    others = made.controls()
+    assert others is not None
+    unseen = queries(name, work).query("kind == 'unseen'")
+    members = made.items.drop_duplicates("item_id").iloc[::EVERY]
+    paths = [*unseen["path"], *(str(work / "members" / "parts" / "train" / file) for file in members["file_name"])]
+    captions = [*unseen["caption"], *members["caption"]]
+    scored = attribution.score(
+        paths, made, k=None, method=METHOD, damping=None, draws=DRAWS,
+        prompt=captions if made.spec.conditional else None, intervals=False, model=None, lora=None, base=None,
+        half=None, engine="auto", batch_size=influence.DEFAULT_BATCH, memory=None, device="auto",
+        progress=lambda *_: None, message=say, clusters=None, path=False,
+    )  # fmt: skip
+    rows = []
+    for statistic, (mine, theirs, ids) in statistics(scored, own_influence(made, others)).items():
+        for kind, part in (("unseen", slice(0, len(unseen))), ("trained", slice(len(unseen), None))):
+            asked = scored.queries.item_ids[part]
+            rows.append({"statistic": statistic, "queries": kind} | compared(mine[part], theirs[part], ids, asked))
+    text = pd.DataFrame(rows).to_markdown(index=False, floatfmt=".3f")
+    head = f"{len(made.items)} images trained on, {len(others.items)} controls; {len(unseen)} unseen queries, "
+    (PAPER / "results" / f"{name}-members.md").write_text(f"{head}{len(members)} trained.\n\n{text}\n", "utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
