@@ -74,7 +74,7 @@ def statistics(scored: Scored, own: dict[str, float]) -> dict[str, tuple[np.ndar
     return found | {"relative score": (wide["score"].to_numpy() / scale, controls.scores / other, ids)}
 
 
-def compared(mine: np.ndarray, theirs: np.ndarray, ids: list[str], asked: list[str]) -> dict[str, float]:
+def compared(mine: np.ndarray, theirs: np.ndarray, ids: list[str], asked: list[str | None]) -> dict[str, float]:
     """How p-values of training images are distributed, and how often one that is asked about is above all controls."""
     p: list[float] = []
     found, sizes = [], []
@@ -118,10 +118,11 @@ def main() -> None:
         progress=lambda *_: None, message=say, clusters=None, path=False,
     )  # fmt: skip
     rows = []
+    itself = [*[None] * len(unseen), *members["item_id"]]  # a query's own id has its prompt in it
     for statistic, (mine, theirs, ids) in statistics(scored, own_influence(made, others)).items():
         for kind, part in (("unseen", slice(0, len(unseen))), ("trained", slice(len(unseen), None))):
-            asked = scored.queries.item_ids[part]
-            rows.append({"statistic": statistic, "queries": kind} | compared(mine[part], theirs[part], ids, asked))
+            found = compared(mine[part], theirs[part], ids, itself[part])
+            rows.append({"statistic": statistic, "queries": kind} | found)
     text = pd.DataFrame(rows).to_markdown(index=False, floatfmt=".3f")
     head = f"{len(made.items)} images trained on, {len(others.items)} controls; {len(unseen)} unseen queries, "
     (PAPER / "results" / f"{name}-members.md").write_text(f"{head}{len(members)} trained.\n\n{text}\n", "utf-8")
