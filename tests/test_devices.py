@@ -79,6 +79,17 @@ def test_bf16_attention_on_a_cpu_is_that_of_float32_rounded_and_so_is_its_backwa
         assert torch.equal(grad, right.bfloat16())
 
 
+@pytest.mark.parametrize(("positions", "wide"), [(256, True), (257, False)])
+def test_attention_of_many_positions_is_left_in_bf16(positions, wide):
+    q = attention_inputs()[0].detach().repeat(1, 1, positions, 1)[:, :, :positions]
+    with passes(torch.device("cpu"), bf16=True):
+        found = F.scaled_dot_product_attention(q, q, q)
+    rounded = F.scaled_dot_product_attention(*[q.float()] * 3).bfloat16()
+    as_it_is = F.scaled_dot_product_attention(q, q, q)
+    assert found.dtype == torch.bfloat16 and not torch.equal(rounded, as_it_is)
+    assert torch.equal(found, rounded if wide else as_it_is)
+
+
 def test_without_bf16_nothing_is_cast_and_products_are_in_bf16_with_it():
     a = torch.ones(2, 2)
     with passes(torch.device("cpu"), bf16=False):
