@@ -117,7 +117,8 @@ def measure(folder: Path, operation: str, clock: Callable[[], float]) -> dict[st
 
     def attribute() -> None:
         groups = scanning.groups_of(made, "loss")
-        scanning.rank(made, method, v, asked, 10, groups, np.zeros(len(groups.ids)), None)
+        h, own = np.zeros(len(groups.ids)), np.ones(len(groups.ids))
+        scanning.rank(made, method, v, asked, 10, groups, h, own, None)
 
     def read() -> None:
         buffer = np.empty((64, DIM), np.float32)

@@ -430,10 +430,10 @@ def _attributions(
         above = len(table) - np.searchsorted(lowest, table["score_high"].to_numpy(), side="right")
         at_most = len(table) - np.searchsorted(highest, table["score_low"].to_numpy(), side="left")
         z = np.full(len(table), np.nan)
-        if scored.controls is not None and len(scored.controls.of(q)):
-            null = scored.controls.of(q)
+        if scored.controls is not None and len(scored.controls.relative_of(q)):
+            null = scored.controls.relative_of(q)
             spread = stats.median_abs_deviation(null, scale="normal")
-            z = (table["score_adj"] - np.median(null)) / spread if spread > 0 else z
+            z = (table["score_rel"] - np.median(null)) / spread if spread > 0 else z
         table = table.assign(
             query_id=scored.queries.item_ids[q],
             contributor_id=table["creator"].map(ids),
@@ -457,14 +457,16 @@ def _styles(scored: Scored, ids: Mapping[str, str]) -> pd.DataFrame:
 
 
 def _controls(scored: Scored) -> pd.DataFrame:
-    columns = ["query_id", "control_id", "creator", "score"]
+    columns = ["query_id", "control_id", "creator", "score", "score_rel"]
     found: Controls | None = scored.controls
     if found is None:
         return pd.DataFrame(columns=columns)
     rows = [
-        (query, item_id, creator, value)
+        (query, item_id, creator, value, relative)
         for q, query in enumerate(scored.queries.item_ids)
-        for item_id, creator, value in zip(found.item_ids, found.creators, found.scores[q], strict=True)
+        for item_id, creator, value, relative in zip(
+            found.item_ids, found.creators, found.scores[q], found.relative[q], strict=True
+        )
         if not np.isnan(value)
     ]
     return pd.DataFrame(rows, columns=columns)

@@ -75,11 +75,11 @@ def attribute(
 
     Returns:
         Columns query, rank, item_id, file_name, creator, caption; score, its standard error and 95 % interval (of draws
-        alone, not of training again), leverage h, score_adj = score / (1 − h); p_value of score_adj against controls
-        and q_value over all images (NaN without controls); rows by query and rank. `attrs` holds `creators` (for each
-        query and creator the signed sum of score_adj over *all* images, its p and q if works and controls change
-        places, and what its trained works score above held-out works of the same creator),
-        `queries` (losses), `method`, `damping`, `draws`, `formula`, `controls` (how many).
+        alone, not of training again), leverage h, score_adj = score / (1 − h), score_rel = score / √(score of the image
+        for itself); p_value of score_rel against controls and q_value over all images (NaN without controls); rows by
+        query and rank. `attrs` holds `creators` (for each query and creator the signed sum of score_adj over *all*
+        images, its p and q if works and controls change places, and what its trained works score above held-out works
+        of the same creator), `queries` (losses), `method`, `damping`, `draws`, `formula`, `controls` (how many).
 
     Raises:
         InfluenceError: An input cannot be used, or the model is not the one of the store.
@@ -217,6 +217,9 @@ def score_one(
     num_train = float(groups.files.sum())
     factored = derived.solver(made, chosen, damping) if chosen.curvature else None
     h = derived.leverages(made, chosen, damping, factored, groups)
+    own = derived.own_influence(made, made, chosen, damping, factored, groups, num_train)
+    if chosen.curvature == "phi":
+        own = own * (1 - h)  # H holds φ_i as well: without it τ(i, i) and τ(q, i) are larger by 1/(1 − h)
     if clusters is not None:
         groups = scoring.shared(groups, clusters)
 
@@ -226,13 +229,17 @@ def score_one(
     def scan(
         method: scoring.Method, v: torch.Tensor, parts: torch.Tensor, k: int | None, h: np.ndarray, to: Controls | None
     ) -> tuple[pd.DataFrame, Creators]:
-        table, creators = scanning.rank(made, method, v, asked, k, groups, h, to)
+        table, creators = scanning.rank(made, method, v, asked, k, groups, h, own, to)
         if intervals:
             table, creators = scanning.with_errors(made, method, v, parts, groups, h, table, creators)
         return table, creators
 
     v, parts = preconditioned(chosen)
-    compared = None if controls is None else scanning.control_scores(controls, chosen, v, asked)
+    compared = None
+    if controls is not None:
+        theirs = scanning.groups_of(controls, chosen.family)
+        alone = derived.own_influence(made, controls, chosen, damping, factored, theirs, num_train)
+        compared = scanning.control_scores(controls, chosen, v, asked, theirs, alone)
     table, creators = scan(chosen, v, parts, k, h, compared)
     whole = None
     if path and along and asked.loss_base is not None:

@@ -1,8 +1,9 @@
-"""What is derived of a store once and kept beside it: factors of H + λI, leverages."""
+"""What is derived of a store once and kept beside it: factors of H + λI, leverages, what images do for themselves."""
 
 import hashlib
 import weakref
 from collections.abc import Iterator
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ import torch
 from jaxtyping import Float64
 
 from influence import curvature as curvatures
+from influence import scanning, scoring
 from influence.curvature import Curvature
 from influence.scoring import Groups, Method
 from influence.shards import ShardContent
@@ -35,8 +37,8 @@ def _damping(made: Store, method: Method, damping: float | None) -> tuple[float,
     return method.steps * (DAMPING if damping is None else float(damping)), False
 
 
-def _name(made: Store, what: str, method: Method, damping: float | None) -> str:
-    """Named by all that it depends on."""
+def _name(made: Store, what: str, method: Method, damping: float | None, *more: str) -> str:
+    """Named by all that it depends on, `more` of it beside the store and the method."""
     weights = _weights(made)
     several = sorted(weights[weights > 1].items())  # the others weigh 1 each
     key = (
@@ -45,6 +47,7 @@ def _name(made: Store, what: str, method: Method, damping: float | None) -> str:
         method.curvature,
         repr(_damping(made, method, damping)),
         repr(several),
+        *more,
     )
     return f"{what}-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.safetensors"
 
@@ -86,12 +89,13 @@ def solver(made: Store, method: Method, damping: float | None) -> Curvature:
     return made_now
 
 
+_Content = TypeVar("_Content", ShardContent, scanning.Features)
 _TOGETHER = 256  # images: each solve of the dual reads Ψ twice
 
 
-def _together(blocks: Iterator[ShardContent]) -> Iterator[list[ShardContent]]:
+def _together(blocks: Iterator[_Content]) -> Iterator[list[_Content]]:
     """Shards in groups of some hundred images."""
-    group: list[ShardContent] = []
+    group: list[_Content] = []
     for content in blocks:
         group.append(content)
         if sum(len(one.item_ids) for one in group) >= _TOGETHER:
@@ -135,3 +139,28 @@ def leverages(
     h = np.minimum(h * weights, curvatures.MAX_LEVERAGE)
     made.write_derived(name, {"h": h})
     return h
+
+
+def own_influence(
+    made: Store,
+    part: Store,
+    method: Method,
+    damping: float | None,
+    factored: Curvature | None,
+    groups: Groups,
+    num_train: float,
+) -> Float64[np.ndarray, " images"]:
+    """τ(i, i) of the images of the store, or of its controls (`part`), in the order of `groups.ids`."""
+    families = (method.family, *method.elsewhere)
+    formula = (method.formula, *map(part.family_hash, families), repr(num_train))
+    name = _name(made, "own", method, damping, *formula)
+    kept = made.read_derived(name)
+    if kept is not None:
+        return kept["own"]
+    found = np.zeros(len(groups.ids))
+    for contents in _together(scanning.blocks(part, method)):
+        phi = np.concatenate([np.concatenate(content.phi, axis=1) for content in contents])
+        ids = [item_id for content in contents for item_id in content.item_ids]
+        found[groups.places(ids)] = scoring.own(method, torch.from_numpy(phi), factored, num_train).numpy()
+    made.write_derived(name, {"own": found})
+    return found

@@ -37,7 +37,7 @@ def combined(parts: Sequence[Scored], k: int | None) -> Scored:
     tables = [part.table.set_index(_FILE).sort_index() for part in parts]
     each = {
         name: np.stack([table[name].to_numpy(float) for table in tables])
-        for name in ("score", "score_adj", "leverage", "score_se", "score_low", "score_high")
+        for name in ("score", "score_adj", "score_rel", "leverage", "score_se", "score_low", "score_high")
     }
     spread = each["score"].var(0, ddof=1) / len(parts)
     draws = ((each["score_high"] - each["score_low"]) / 2) ** 2
@@ -49,6 +49,7 @@ def combined(parts: Sequence[Scored], k: int | None) -> Scored:
         .assign(
             score=score,
             score_adj=each["score_adj"].mean(0),
+            score_rel=each["score_rel"].mean(0),
             leverage=each["leverage"].mean(0),
             score_se=np.sqrt((each["score_se"] ** 2).mean(0) + spread),
             score_low=score - half,
@@ -126,16 +127,18 @@ def _mean_or_none(values: Sequence[np.ndarray | float | None]) -> np.ndarray | f
 
 
 def _controls(parts: Sequence[Scored]) -> Controls | None:
-    """Mean score of each control."""
+    """Mean scores of each control."""
     first = parts[0].controls
     if first is None:
         return None
-    aligned = []
+    scores, relative = [], []
     for part in parts:
         assert part.controls is not None
         place = {item_id: i for i, item_id in enumerate(part.controls.item_ids)}
-        aligned.append(part.controls.scores[:, [place[item_id] for item_id in first.item_ids]])
-    return Controls(first.item_ids, first.creators, np.mean(aligned, axis=0))
+        order = [place[item_id] for item_id in first.item_ids]
+        scores.append(part.controls.scores[:, order])
+        relative.append(part.controls.relative[:, order])
+    return Controls(first.item_ids, first.creators, np.mean(scores, axis=0), np.mean(relative, axis=0))
 
 
 def _creators(parts: Sequence[Creators]) -> Creators:
@@ -157,11 +160,11 @@ def _tested(table: pd.DataFrame, first: Scored, controls: Controls | None) -> pd
     """With p-values and q-values of the mean scores."""
     table[["p_value", "q_value"]] = np.nan
     for q, query in enumerate(first.queries.paths):
-        strangers = np.empty(0) if controls is None else controls.of(q)
+        strangers = np.empty(0) if controls is None else controls.relative_of(q)
         if not len(strangers):
             continue
         mine = table["query"] == query
-        above = significance.exceedances(table.loc[mine, "score_adj"].to_numpy(), strangers)
+        above = significance.exceedances(table.loc[mine, "score_rel"].to_numpy(), strangers)
         images = ~table.loc[mine, "item_id"].duplicated().to_numpy()
         counts = np.bincount(above[images], minlength=len(strangers) + 1)
         table.loc[mine, "p_value"] = significance.p_values(above, len(strangers))

@@ -62,8 +62,13 @@ def blocks(made: Store, method: Method, batches: bool = False) -> Iterator[Featu
         yield Features(ids, read[0], read[1:])
 
 
-def control_scores(controls: Store, method: Method, v: torch.Tensor, asked: Queries) -> Controls:
-    """Score the controls as if they were training images; the query itself is none of its own controls."""
+def control_scores(
+    controls: Store, method: Method, v: torch.Tensor, asked: Queries, groups: Groups, own: np.ndarray
+) -> Controls:
+    """Score the controls as if they were training images; the query itself is none of its own controls.
+
+    `own` is τ(i, i) of each in the order of `groups.ids`, as `derived.own_influence` gives it.
+    """
     ids: list[str] = []
     parts = []
     for names, tau in scoring.scores(method, v, ((c.item_ids, c.phi) for c in blocks(controls, method))):
@@ -72,7 +77,8 @@ def control_scores(controls: Store, method: Method, v: torch.Tensor, asked: Quer
     tau = np.concatenate(parts, axis=1) if parts else np.empty((len(v), 0))
     tau[np.asarray(asked.item_ids)[:, None] == np.asarray(ids, dtype=object)[None]] = np.nan
     creators = controls.items.drop_duplicates("item_id").set_index("item_id")["creator"]
-    return Controls(ids, [str(creators[item_id]) for item_id in ids], tau)
+    relative = scoring.relative(tau, own[groups.places(ids)])
+    return Controls(ids, [str(creators[item_id]) for item_id in ids], tau, relative)
 
 
 def rank(
@@ -83,15 +89,19 @@ def rank(
     k: int | None,
     groups: Groups,
     h: np.ndarray,
+    own: np.ndarray,
     controls: Controls | None,
 ) -> tuple[pd.DataFrame, Creators]:
-    """Scan the store once for all queries: the best k of each, creators' totals, and counts for q-values."""
+    """Scan the store once for all queries: the best k of each, creators' totals, and counts for q-values.
+
+    Leverages `h` and τ(i, i) (`own`) are of each image in the order of `groups.ids`.
+    """
     count = len(asked.paths)
     limit = len(groups.ids) if k is None else k
     best: list[scoring.Ranked] = [[] for _ in range(count)]
     totals, squares = np.zeros((2, count, len(groups.names)))
     magnitude = np.zeros(count)
-    strangers = [np.sort(controls.of(q)) if controls is not None else np.empty(0) for q in range(count)]
+    strangers = [np.sort(controls.relative_of(q)) if controls is not None else np.empty(0) for q in range(count)]
     exceeded = [np.zeros(len(row) + 1, np.int64) for row in strangers]
     works = None if controls is None else np.zeros((count, groups.parts.shape[0]))
     images = np.bincount(groups.work)
@@ -105,20 +115,23 @@ def rank(
         totals += scoring.group_totals(groups, here, adjusted)
         squares += scoring.group_totals(groups, here, adjusted**2)
         magnitude += scoring.group_totals(groups, here, np.abs(adjusted)).sum(1)
-        for q, row in enumerate(strangers):
-            if len(row):
-                above = significance.exceedances(adjusted[q], row)
+        if works is not None:
+            relative = scoring.relative(tau, own[here])
+            for q, row in enumerate(strangers):
+                above = significance.exceedances(relative[q], row)
                 exceeded[q] += np.bincount(above, minlength=len(row) + 1)
     ranked = [(q, query, item_id, tau) for q, query in enumerate(asked.paths) for tau, item_id in best[q]]
     table = pd.DataFrame(ranked, columns=["number", "query", "item_id", "score"])
-    table["leverage"] = h[groups.places(table["item_id"].tolist())]
+    places = groups.places(table["item_id"].tolist())
+    table["leverage"] = h[places]
     table["score_adj"] = table["score"] / (1 - table["leverage"])
+    table["score_rel"] = scoring.relative(table["score"].to_numpy(), own[places])
     table[["score_se", "score_low", "score_high", "p_value", "q_value"]] = np.nan
     lowest = np.full(count, np.nan)
     for q, row in enumerate(strangers):
         if len(row):
             here = table["number"] == q
-            above = significance.exceedances(table.loc[here, "score_adj"].to_numpy(), row)
+            above = significance.exceedances(table.loc[here, "score_rel"].to_numpy(), row)
             of_level = significance.q_values(exceeded[q])
             table.loc[here, "p_value"] = significance.p_values(above, len(row))
             table.loc[here, "q_value"] = of_level[above]

@@ -16,7 +16,7 @@ from influence.store import Store
 
 COLUMNS = [
     "query", "rank", "item_id", "file_name", "creator", "caption", "score", "score_se", "score_low", "score_high",
-    "leverage", "score_adj", "p_value", "q_value",
+    "leverage", "score_adj", "score_rel", "p_value", "q_value",
 ]  # fmt: skip
 
 
@@ -28,10 +28,17 @@ class Controls:
     creators: list[str]
     scores: Float64[np.ndarray, "query controls"]
     """NaN where the control is the query itself."""
+    relative: Float64[np.ndarray, "query controls"]
+    """Relative scores, likewise."""
 
     def of(self, query: int) -> Float[np.ndarray, " controls"]:
         """Scores for one query, without itself."""
         row = self.scores[query]
+        return row[~np.isnan(row)]
+
+    def relative_of(self, query: int) -> Float[np.ndarray, " controls"]:
+        """Relative scores for one query, without itself."""
+        row = self.relative[query]
         return row[~np.isnan(row)]
 
 

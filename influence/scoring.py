@@ -15,7 +15,7 @@ from jaxtyping import Float, Float32, Float64, Int
 from scipy import sparse
 from torch import Tensor
 
-from influence.curvature import Curvature, solve
+from influence.curvature import Curvature, quadratic, solve
 from influence.errors import OptionError
 
 
@@ -104,6 +104,30 @@ def precondition(
             raise OptionError("grad-cos is undefined for a picture whose gradient is zero; use --method gauss-newton")
         v = v / norm
     return v
+
+
+def own(
+    method: Method,
+    phi: Float[Tensor, "images k"],
+    curvature: Curvature | None,
+    num_train: float,
+) -> Float64[Tensor, " images"]:
+    """τ(i, i) of each image: what training on it does for itself; features as for `precondition`."""
+    if method.cosine:
+        return torch.ones(len(phi), dtype=torch.float64)
+    if curvature is None or method.beside == "late":
+        return (precondition(method, phi, curvature, num_train) * phi).sum(1)
+    parts = (phi,) if method.beside is None else phi.chunk(2, dim=1)
+    return torch.stack([quadratic(curvature, part) for part in parts]).sum(0) / num_train
+
+
+def relative(tau: Float64[np.ndarray, "*query images"], own: Float64[np.ndarray, " images"]) -> np.ndarray:
+    """τ(q, i) / √τ(i, i), ℓ-relative influence (Barshan et al., 2020); 0 for an image that does nothing for itself.
+
+    What an image does for the query, of what it does at all: a long gradient alone does not make it large. So images
+    of which the model has learnt much can be compared with images that it never saw, whose gradients are longer.
+    """
+    return np.divide(tau, np.sqrt(np.maximum(own, 0)), out=np.zeros_like(tau), where=own > 0)
 
 
 Rows = Float32[np.ndarray, "_ _"]

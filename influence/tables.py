@@ -49,6 +49,7 @@ class Schema:
 
 _LOSS = "mean squared error"
 _SCORE = "change of the query's loss per unit of training weight"
+_RELATIVE = "root of a change of the loss"
 _QUERY = Field("query_id", "string", "", "hash of the picture and its prompt", True)
 _CREATOR = Field("contributor_id", "string", "", "who; see contributors", True)
 
@@ -89,8 +90,9 @@ SCHEMA: dict[str, Schema] = {
         Field("rank_high", "integer", "", "images whose interval is not below this one's"),
         Field("leverage", "number", "0 to 0.9", "h: how much of it is lost because the image was trained on", True),
         Field("score_adj", "number", _SCORE, "score / (1 - h): comparable with images never trained on", True),
-        Field("z_null", "number", "robust standard deviations", "score_adj against the controls"),
-        Field("p_value", "number", "probability", "(1 + controls with score >= score_adj) / (1 + controls)"),
+        Field("score_rel", "number", _RELATIVE, "score / root of its score for itself: what p-values compare", True),
+        Field("z_null", "number", "robust standard deviations", "score_rel against the controls"),
+        Field("p_value", "number", "probability", "(1 + controls with score_rel as high) / (1 + controls)"),
         Field("q_value", "number", "probability", "Benjamini-Hochberg over all images of the query"),
         Field("similarity", "number", "-1 to 1", "how alike the pictures look, for contrast", True),
         Field("dup_cluster_id", "string", "", "near duplicates share an id and their credit", True),
@@ -138,6 +140,7 @@ SCHEMA: dict[str, Schema] = {
         Field("control_id", "string", "", "see items", True),
         Field("creator", "string", "", "as its metadata say", True),
         Field("score", "number", _SCORE, "as if it had been trained on", True),
+        Field("score_rel", "number", _RELATIVE, "score / root of its score for itself", True),
     ), ("query_id", "control_id"), (("query_id", "queries", "query_id"), ("control_id", "items", "item_id"))),
     "items": Schema("Training images and controls, one row for each file", (
         Field("item_id", "string", "", "hash of the picture and its caption", True),

@@ -147,7 +147,7 @@ def strangers(scored: Scored, chosen: np.ndarray) -> tuple[float, float, int, tu
     """p-values of controls against other controls: KS p, rate at 5 %, n, and its binomial bounds."""
     p = []
     for q in chosen:
-        values = scored.controls.of(int(q))
+        values = scored.controls.relative_of(int(q))
         order = np.argsort(keys.uniform(("calibration", int(q)), len(values)))
         candidates, others = order[:24], order[24:]
         above = significance.exceedances(values[candidates], values[others])
@@ -159,11 +159,11 @@ def strangers(scored: Scored, chosen: np.ndarray) -> tuple[float, float, int, tu
 
 def members(scored: Scored, chosen: np.ndarray, adjusted: pd.DataFrame) -> dict[str, float]:
     """p-values of training images for queries that none of them is: at 5 %, and in the middle."""
-    found = {}
-    for column in ("score", "score_adj"):
+    found, controls = {}, scored.controls
+    for column, of in (("score_adj", controls.of), ("score_rel", controls.relative_of)):
         p = []
         for q in chosen:
-            values = np.sort(scored.controls.of(int(q)))
+            values = np.sort(of(int(q)))
             mine = adjusted.loc[adjusted["number"] == q, column].to_numpy()
             p += significance.p_values(significance.exceedances(mine, values), len(values)).tolist()
         picked = np.array(p)[keys.integers(("pairs", column), 600, len(p))]

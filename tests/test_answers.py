@@ -128,6 +128,29 @@ def test_scores_have_errors_and_are_compared_with_controls(world):
         assert query["gain"] == pytest.approx(0, abs=1e-5), "the base is the model itself"
 
 
+def test_relative_scores_under_trak_are_those_of_the_image_left_out(world):
+    table = influence.attribute(world / "all" / "028.png", world / "s", k=None, draws=DRAWS, method="trak", damping=9.0)
+    phi = {}
+    for block in influence.open_store(world / "s").blocks():
+        phi |= dict(zip(block.item_ids, block.phi, strict=True))
+    rows = np.array([phi[item_id] for item_id in table["item_id"]], dtype=float)
+    gram = rows.T @ rows
+    damped = gram + table.attrs["damping"] * np.trace(gram) / gram.shape[0] * np.eye(gram.shape[0])
+    alone = [row @ np.linalg.solve(damped - np.outer(row, row), row) for row in rows]
+    np.testing.assert_allclose(table["score_rel"], table["score_adj"] / np.sqrt(alone), rtol=1e-4)
+
+
+def test_p_values_can_be_counted_from_the_tables(exported):
+    scores, controls = exported.attributions, exported.controls
+    for query, mine in scores.groupby("query_id"):
+        strangers = controls.loc[controls["query_id"] == query, "score_rel"].to_numpy()
+        above = (strangers >= mine["score_rel"].to_numpy()[:, None]).sum(1)
+        np.testing.assert_allclose(mine["p_value"], (1 + above) / (1 + len(strangers)))
+    lengths = controls["score"] / controls["score_rel"]  # √τ(i, i), whoever asks
+    assert (lengths > 0).all()
+    assert (lengths.groupby(controls["control_id"]).std().dropna() < 1e-9 * lengths.max()).all()
+
+
 def test_without_controls_and_base_answers_say_so(world, tmp_path):
     shutil.copytree(world / "s", tmp_path / "s", ignore=shutil.ignore_patterns("controls"))
     record = influence.open_store(tmp_path / "s").source

@@ -40,7 +40,17 @@ def test_a_store_beside_itself_says_what_it_says_alone(world, monkeypatch):
     monkeypatch.setattr(ensemble, "_require_several", lambda parts: None)
     alone, twice = ask(world, world / "s0"), ask(world, [world / "s0", world / "s0"])
     assert twice["item_id"].tolist() == alone["item_id"].tolist()
-    for column in ("rank", "score", "score_adj", "score_se", "score_low", "score_high", "p_value", "q_value"):
+    for column in (
+        "rank",
+        "score",
+        "score_adj",
+        "score_rel",
+        "score_se",
+        "score_low",
+        "score_high",
+        "p_value",
+        "q_value",
+    ):
         np.testing.assert_allclose(twice[column], alone[column], rtol=1e-9)
     assert twice.attrs["models"] == 2
     a, b = ([(row["creator"], row["total"], row["p_value"]) for row in t.attrs["creators"]] for t in (alone, twice))
@@ -54,6 +64,8 @@ def test_scores_are_means_and_intervals_have_the_spread_over_models(world):
     key = ["query", "item_id"]
     each = np.stack([part.set_index(key)["score"].reindex(table.set_index(key).index).to_numpy() for part in parts])
     np.testing.assert_allclose(table["score"], each.mean(0), rtol=1e-9)
+    relative = [part.set_index(key)["score_rel"].reindex(table.set_index(key).index) for part in parts]
+    np.testing.assert_allclose(table["score_rel"], np.mean(relative, axis=0), rtol=1e-9)
     assert (table.groupby("query", sort=False)["score"].diff().dropna() <= 0).all()
     half = (table["score_high"] - table["score_low"]) / 2
     least = stats.t.ppf(0.975, 2) * each.std(0, ddof=1) / 3**0.5

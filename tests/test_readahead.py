@@ -46,7 +46,7 @@ def scanned(path, name):
     groups = scanning.groups_of(made, "loss")
     h = np.linspace(0, 0.5, len(groups.ids))
     v = torch.from_numpy(phi)
-    table, creators = scanning.rank(made, method, v, asked, 4, groups, h, None)
+    table, creators = scanning.rank(made, method, v, asked, 4, groups, h, np.ones_like(h), None)
     return scanning.with_errors(made, method, v, torch.stack([v, 2 * v]), groups, h, table, creators)
 
 

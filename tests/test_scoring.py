@@ -25,12 +25,16 @@ def two_points(rows):
     return np.concatenate([rows, 2 * rows[:, ::-1]], axis=1)
 
 
+def solver_of(method, phi=PHI):
+    if not method.curvature:
+        return None
+    source = PSI if method.curvature == "psi" else phi
+    return curvature.curvature([(source, np.ones(len(source)))], dim=K, damping=0.1, num_rows=len(source))
+
+
 def scored(name, phi=PHI, ids=IDS, block=7, phi_q=PHI_Q):
     method = METHODS[name]
-    solver = None
-    if method.curvature:
-        source = PSI if method.curvature == "psi" else phi
-        solver = curvature.curvature([(source, np.ones(len(source)))], dim=K, damping=0.1, num_rows=len(source))
+    solver = solver_of(method, phi)
     if method.beside is not None:
         phi, phi_q = two_points(phi), two_points(phi_q)
     v = scoring.precondition(method, torch.from_numpy(phi_q), solver, float(len(phi)))
@@ -77,6 +81,29 @@ def test_scores_follow_a_permutation_of_the_training_set_and_of_the_queries(name
 @pytest.mark.parametrize("name", METHODS)
 def test_the_size_of_blocks_changes_nothing(name):
     np.testing.assert_allclose(scored(name, block=1), scored(name, block=N), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_an_image_does_for_itself_is_its_score_as_a_query(name):
+    method = METHODS[name]
+    rows = torch.from_numpy(PHI if method.beside is None else two_points(PHI))
+    found = scoring.own(method, rows, solver_of(method), float(N)).numpy()
+    np.testing.assert_allclose(found, np.diag(scored(name, phi_q=PHI)), rtol=1e-4)
+    assert (found > 0).all()
+
+
+def test_a_relative_score_is_blind_to_the_length_of_the_image_and_nothing_for_an_image_without_gradient():
+    longer = np.concatenate([PHI[:3] * np.float32([[1], [3], [0]]), PHI[3:]])
+    method, solver = METHODS["two-length"], solver_of(METHODS["two-length"])
+    relative = [
+        scoring.relative(
+            scored("two-length", phi=phi),
+            scoring.own(method, torch.from_numpy(two_points(phi)), solver, float(N)).numpy(),
+        )
+        for phi in (PHI, longer)
+    ]
+    np.testing.assert_allclose(relative[1][:, :2], relative[0][:, :2], rtol=1e-4)
+    assert (relative[1][:, 2] == 0).all() and (relative[0] != 0).all()
 
 
 def test_a_positive_score_means_that_a_step_on_the_image_lowers_the_querys_loss():

@@ -159,7 +159,7 @@ def test_a_damaged_derived_file_is_told_dropped_and_made_again(world, tmp_path):
     store = copy(world, tmp_path)
     before = scores(world, store, "gauss-newton")
     made = sorted((store / "derived").iterdir())
-    assert [path.name.split("-")[0] for path in made] == ["curvature", "leverage"]
+    assert [path.name.split("-")[0] for path in made] == ["curvature", "leverage", "own"]
     for derived in made:
         derived.write_bytes(derived.read_bytes()[:-1])
     assert [problem.file for problem in influence.verify(store)] == [f"derived/{path.name}" for path in made]
