@@ -183,6 +183,32 @@ def halve(out: Path, **options: Any) -> None:
     click.echo(f"{out}: pass it to influence build --half")
 
 
+@cli.command()
+@click.argument("dataset", type=click.Path(path_type=Path))
+@click.option("--base", required=True, type=click.Path(path_type=Path), help="The pipeline that it started from.")
+@click.option(
+    "--recipe", required=True, type=click.Path(path_type=Path), help="finetune.json, or the model's folder with it."
+)
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--creator-column", help="Column that names the creator.  [default: creator]")
+@click.option("--resolution", type=int, help="Pixels of a side.  [default: the model's own]")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …")
+def solo(out: Path, **options: Any) -> None:
+    """Do a fine-tune again on the works of each creator alone, for export --solo.
+
+    All of these together have about as many steps as the fine-tune. Run again, it trains those that are missing.
+
+    \b
+    Example:
+      influence solo images/ --base base/ --recipe my-finetune/ -o solo/
+      influence export picture.png --store my.store --solo solo/ -o tables
+    """  # noqa: D301
+    with progress() as show:
+        influence.solo(out=out, progress=show, message=say, **options)
+    click.echo(f"{out}: pass it to influence export --solo")
+
+
 def _quantity(name: str, value: Any) -> str:
     if name == "seconds":
         return f"{value:,.0f} (one process)"

@@ -36,6 +36,7 @@ from influence.repair import repair
 from influence.retraining import Query, Run, Truth
 from influence.royalties import ESTIMATORS
 from influence.scoring import METHODS
+from influence.solo import solo
 from influence.spec import FeatureSpec
 from influence.spreadsheet import csv_bytes
 from influence.store import Store, exclude, open_store
@@ -69,6 +70,7 @@ __all__ = [  # noqa: RUF022 - grouped by what they are
     "repair",
     "replay",
     "score_matrix",
+    "solo",
     "truth_of",
     "verify",
     # records

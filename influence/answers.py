@@ -65,6 +65,7 @@ def answer(
     lora: str | os.PathLike[str] | None = None,
     base: str | os.PathLike[str] | None = None,
     half: str | os.PathLike[str] | None = None,
+    solo: str | os.PathLike[str] | None = None,
     engine: str = "auto",
     batch_size: int = DEFAULT_BATCH,
     memory: str | None = None,
@@ -93,6 +94,8 @@ def answer(
         lora: Where the LoRA is now.
         base: The pipeline that the fine-tune started from, if it was not named at build; a LoRA's is known.
         half: Where the model of half the length is now, if it was moved.
+        solo: Fine-tunes of each creator alone, as the function `solo` makes them: with them creators' totals are nearer
+            to Shapley values.
         engine: As for `build`.
         batch_size: As for `build`.
         memory: As for `build`.
@@ -116,7 +119,7 @@ def answer(
     scored = score(
         paths, store, k=k, method=method, damping=damping, draws=draws, prompt=prompt, intervals=True, model=model,
         lora=lora, base=base, half=half, engine=engine, batch_size=batch_size, memory=memory, device=device,
-        progress=progress, message=message, clusters=clusters, path=True,
+        progress=progress, message=message, clusters=clusters, path=True, solo=solo,
     )  # fmt: skip
     return of_scored(
         scored, clusters, usage=weights, pool=pool, currency=currency, truth=truth, embedding=embedding,
@@ -172,9 +175,16 @@ def of_scored(
         facts={
             name: scored.table.attrs[name] for name in ("method", "formula", "damping", "draws", "controls", "models")
         }
-        | {"usage": weights.tolist(), "totals": "sums of scores" if scored.whole is None else "whole way"}
+        | {"usage": weights.tolist(), "totals": _totals(scored)}
         | {"engine": recipe.engine, "batch_size": recipe.batch_size, "device": scored.loaded.device},
     )  # fmt: skip
+
+
+def _totals(scored: Scored) -> str:
+    """What creators' totals are, in words."""
+    if scored.whole is None:
+        return "sums of scores"
+    return "whole way" if scored.alone is None else "whole way and alone"
 
 
 def contributor_ids(names: Sequence[str]) -> dict[str, str]:
@@ -317,6 +327,8 @@ def _shares(
             count = len(creators.names)
             table.loc[: count - 1, "group_score"] = way.totals[q]
             table.loc[: count - 1, "group_score_se"] = np.sqrt(variance)
+            if scored.alone is not None:
+                table.loc[: count - 1, "gain_alone"] = scored.alone[q]
             table.loc[: count - 1, "p_null_group"] = p[0]
             table.loc[: count - 1, "q_fdr_group"] = fdr[0]
             rows.append(table)
@@ -364,6 +376,7 @@ def _share_table(
         "n_works": works,
         "group_score": np.nan,
         "group_score_se": np.nan,
+        "gain_alone": np.nan,
         "p_null_group": np.nan,
         "q_fdr_group": np.nan,
         "share": share,

@@ -16,13 +16,13 @@ from influence.errors import OptionError, StoreError
 from influence.loading import DEFAULT_BATCH, load_for
 from influence.pipeline import read
 from influence.progress import Message, Progress, silent
-from influence.queries import control_losses, read_queries
+from influence.queries import control_losses, losses_alone, read_queries
 from influence.scored import COLUMNS, Controls, Creators, Scored, creator_rows, query_rows
 from influence.scoring import METHODS
 from influence.shards import FAMILIES
 from influence.store import Store
 from influence.waypoints import base_is_known, default_method, load_base, model_of
-from influence.wholeway import whole_way
+from influence.wholeway import whole_way, with_alone
 
 Stores = str | os.PathLike[str] | Store | Sequence[str | os.PathLike[str] | Store]
 
@@ -154,11 +154,13 @@ def score_one(
     message: Message,
     clusters: Mapping[str, str] | None = None,
     path: bool = False,
+    solo: str | os.PathLike[str] | None = None,
 ) -> Scored:
     """Score pictures with one store; arguments as for `attribute`.
 
     `clusters` names the near-duplicate cluster of each image: totals then count each cluster as one work. `path` asks
-    for creators' totals along the whole way from the base, too, where it is known.
+    for creators' totals along the whole way from the base, too, where it is known. `solo` is what `influence solo`
+    made: these totals then count what the works of each creator do alone.
 
     Raises:
         InfluenceError: As for `attribute`.
@@ -249,6 +251,19 @@ def score_one(
             for method, rows in ((chosen, (v, parts)), (METHODS["path"], preconditioned(METHODS["path"])))
         )
         whole = whole_way(end, way, asked.loss_base - asked.loss)
+    gain_alone = None
+    if solo is not None:
+        if whole is None or asked.loss_base is None:
+            lacking = (
+                f"{method} has no such totals" if known else f"store {made.path.name} was built without --base DIR"
+            )
+            raise OptionError(
+                f"--solo goes into creators' totals of the whole way from the base, and {lacking}; leave it out, or "
+                "take a store with --base, and the default --method"
+            )
+        under = losses_alone(made, loaded, solo, creators.names, asked, progress, model=moved["model"])
+        by_part = asked.loss_base[:, :, None] - under
+        whole, gain_alone = with_alone(whole, by_part, asked.loss_base - asked.loss), by_part.mean(1)
     count = 0 if compared is None else len(compared.item_ids)
     if 0 < count < significance.MIN_CONTROLS:
         message(
@@ -267,7 +282,7 @@ def score_one(
         "queries": query_rows(asked),
     }
     losses = None if controls is None else control_losses(controls, loaded, before, progress, message)
-    return Scored(made, loaded, asked, table, creators, compared, losses, whole)
+    return Scored(made, loaded, asked, table, creators, compared, losses, whole, gain_alone)
 
 
 def _prompts(made: Store, prompt: str | Sequence[str] | None, count: int) -> list[str | None]:

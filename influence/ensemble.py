@@ -77,7 +77,8 @@ def combined(parts: Sequence[Scored], k: int | None) -> Scored:
     }
     ways = [part.whole for part in parts if part.whole is not None]
     whole = _creators(ways) if len(ways) == len(parts) else None
-    return Scored(first.store, first.loaded, queries, table, creators, controls, _losses(parts), whole)
+    alone = _mean_or_none([part.alone for part in parts])
+    return Scored(first.store, first.loaded, queries, table, creators, controls, _losses(parts), whole, alone)
 
 
 def _require_several(parts: Sequence[Scored]) -> None:

@@ -22,7 +22,7 @@ from influence.progress import Message, Progress, silent
 from influence.royalties import ESTIMATORS
 
 _OPTIONS = ("k", "method", "damping", "draws", "prompt", "usage", "pool", "currency", "embedding", "dataset", "model",
-            "lora", "base", "half")  # fmt: skip
+            "lora", "base", "half", "solo")  # fmt: skip
 _KINDS = {"k": (int,), "draws": (int,), "batch_size": (int,), "damping": (int, float), "pool": (str, int, float),
           "prompt": (str, list), "usage": (list,)}  # fmt: skip
 _COMPUTE = ("engine", "batch_size", "device")  # as they were chosen: they change the last bits of a number

@@ -92,6 +92,8 @@ class Scored:
     control_losses: ControlLosses | None
     whole: Creators | None = None
     """Totals of the whole way from the base to the fine-tune, if they were wanted and the base is known."""
+    alone: Float[np.ndarray, "query creators"] | None = None
+    """What a fine-tune on the works of each creator alone took off the loss, if there are such fine-tunes."""
 
 
 def styles(creators: Creators, controls: Controls | None, query: int) -> pd.DataFrame:

@@ -1,8 +1,9 @@
 """Is a score more than chance? p-values against controls, false discovery rates, standard errors, intervals.
 
 Controls are images that were never trained on and went through the same code. Under the null hypothesis that training
-on an image did no more for the query than training on a stranger would have done, its leave-one-out-corrected score
-(`score / (1 − h)`, see `curvature.leverage`) and theirs can be exchanged.
+on an image did no more for the query than training on a stranger would have done, its relative score
+(`scoring.relative`) and theirs can be exchanged, and so can its leave-one-out-corrected score (`score / (1 − h)`, see
+`curvature.leverage`), of which creators' totals are made.
 """
 
 import functools

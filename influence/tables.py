@@ -108,6 +108,7 @@ SCHEMA: dict[str, Schema] = {
         Field("n_works", "number", "works", "of the creator; near duplicates are one, of several creators a part"),
         Field("group_score", "number", _SCORE, "signed total before any cut, see totals in run.json"),
         Field("group_score_se", "number", _SCORE, "its standard error, from batches of draws"),
+        Field("gain_alone", "number", _LOSS, "what a fine-tune on its works alone takes off the loss; empty without"),
         Field("p_null_group", "number", "probability", "of the total, when works and controls change places at random"),
         Field("q_fdr_group", "number", "probability", "Benjamini-Hochberg over creators"),
         Field("share", "number", "fraction", "sums to 1 over a query and estimator", True),

@@ -94,14 +94,10 @@ def load_half(
         ModelError: It cannot be loaded.
         OptionError: It is not there, another than at build, or not of this fine-tune.
     """
-    options = {"parameters": source["parameters"], "resolution": source["resolution"], "device": device}
     path = Path(source["half"] if half is None else half)
     if not path.exists():
         raise OptionError(f"the model of half the length was at {path} and is not there; say where with --half DIR")
-    if source["lora"] is None:
-        found = models.load_denoiser(path, **options)
-    else:
-        found = models.load_denoiser(Path(source["model"] if model is None else model), lora=path, **options)
+    found = _sibling(source, path, device, model)
     known = source.get("half_model")
     if known is not None and half_identity(found) != known:
         raise OptionError(f"the model of half the length at {path} is not the one that the store was built with")
@@ -111,6 +107,35 @@ def load_half(
     _require_alike(found, finetuned, f"the model of half the length at {path}", advice)
     require_same_parameters(found, finetuned, "the model of half the length", advice)
     return found
+
+
+def load_alone(
+    source: Mapping[str, Any],
+    finetuned: Denoiser,
+    path: Path,
+    device: str,
+    *,
+    model: str | os.PathLike[str] | None = None,
+) -> Denoiser:
+    """The model of one creator's works alone; arguments as for `load_half`, `path` of a model that `solo` made.
+
+    Raises:
+        ModelError: It cannot be loaded.
+        OptionError: It is not of this fine-tune.
+    """
+    found = _sibling(source, path, device, model)
+    advice = "pass what influence solo makes with the base and the recipe of this fine-tune"
+    _require_alike(found, finetuned, f"the model at {path}", advice)
+    require_same_parameters(found, finetuned, f"the model at {path}", advice)
+    return found
+
+
+def _sibling(source: Mapping[str, Any], path: Path, device: str, model: str | os.PathLike[str] | None) -> Denoiser:
+    """Another model, or another LoRA on the same one."""
+    options = {"parameters": source["parameters"], "resolution": source["resolution"], "device": device}
+    if source["lora"] is None:
+        return models.load_denoiser(path, **options)
+    return models.load_denoiser(Path(source["model"] if model is None else model), lora=path, **options)
 
 
 def half_identity(denoiser: Denoiser) -> str:

@@ -127,6 +127,13 @@ def build(name: str, work: Path, pictures: list[Path]) -> influence.Store:
     )  # fmt: skip
 
 
+def alone(name: str, work: Path) -> Path:
+    """Fine-tunes of each owner alone, with another seed than those of the truth have."""
+    return influence.solo(
+        work / "dataset", work / "solo", base=PAPER / "truth" / name / "base", recipe=work / "model", seed=1000
+    )
+
+
 def queries(name: str, work: Path) -> pd.DataFrame:
     """The queries of the truth: kind, path, caption."""
     import json
@@ -293,7 +300,7 @@ def main() -> None:
     scored = attribution.score(
         asked["path"].tolist(), made, k=None, method=None, damping=None, draws=DRAWS, prompt=prompts,
         intervals=True, model=None, lora=None, base=None, half=None, engine="auto", batch_size=64, memory=None,
-        device="cpu", progress=lambda *_: None, message=say, clusters=clusters, path=True,
+        device="cpu", progress=lambda *_: None, message=say, clusters=clusters, path=True, solo=alone(name, work),
     )  # fmt: skip
     table = scored.table.assign(number=scored.table["query"].map({path: q for q, path in enumerate(asked["path"])}))
     by_kind = {kind: np.flatnonzero(asked["kind"] == kind) for kind in KINDS}

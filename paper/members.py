@@ -6,8 +6,8 @@
 The fine-tune is done again on one random half of the data set (`influence split --holdout 0.5`), by the same recipe,
 and the other half are the controls. Pictures that neither has are the queries, and every third training image. As
 nothing but chance tells the halves apart, what is left between their scores is what training on an image does to its
-own gradient, so far as it is not corrected. Three statistics: the score, the corrected score, which p-values go by, and
-the relative score τ / √(φᵢᵀ C⁻¹ φᵢ) (Barshan et al., 2020), in which what is along φᵢ cancels.
+own gradient, so far as it is not corrected. Three statistics: the score, the corrected score score_adj, and the
+relative score score_rel, by which p-values of images go (Barshan et al., 2020), in which what is along φᵢ cancels.
 
 Parts, models and store are kept in `work/…/members`; writes `paper/results/<truth>-members.md`.
 """
@@ -18,12 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from calibration import DRAWS, PAPER, queries, say
 from scipy import stats
 
 import influence
-from influence import attribution, curvature, derived, finetuning, scanning, significance
+from influence import attribution, finetuning, significance
 from influence.scored import Scored
 
 METHOD = "two-length"
@@ -49,29 +48,15 @@ def trained_again(name: str, work: Path) -> influence.Store:
     )
 
 
-def own_influence(made: influence.Store, controls: influence.Store) -> dict[str, float]:
-    """φᵢᵀ C⁻¹ φᵢ of each image, over both models."""
-    method = influence.METHODS[METHOD]
-    factored = derived.solver(made, method, None)
-    found: dict[str, float] = {}
-    for content in (*scanning.blocks(made, method), *scanning.blocks(controls, method)):
-        parts = [curvature.quadratic(factored, torch.tensor(part)).numpy() for part in content.phi]
-        found |= dict(zip(content.item_ids, np.sum(parts, axis=0).tolist(), strict=True))
-    return found
-
-
-def statistics(scored: Scored, own: dict[str, float]) -> dict[str, tuple[np.ndarray, np.ndarray, list[str]]]:
+def statistics(scored: Scored) -> dict[str, tuple[np.ndarray, np.ndarray, list[str]]]:
     """By name: what training images have `[query, train]`, what controls have, and the ids of the former."""
-    table, controls = scored.table, scored.controls
+    controls = scored.controls
     assert controls is not None
-    wide = {
-        name: table.pivot_table(index="query", columns="item_id", values=name).loc[scored.queries.paths]
-        for name in ("score", "score_adj")
-    }
-    ids = wide["score"].columns.tolist()
-    scale, other = (np.sqrt([own[i] for i in which]) for which in (ids, controls.item_ids))
-    found = {name: (part.to_numpy(), controls.scores, ids) for name, part in wide.items()}
-    return found | {"relative score": (wide["score"].to_numpy() / scale, controls.scores / other, ids)}
+    found = {}
+    for name, theirs in (("score", controls.scores), ("score_adj", controls.scores), ("score_rel", controls.relative)):
+        mine = scored.table.pivot_table(index="query", columns="item_id", values=name).loc[scored.queries.paths]
+        found[name] = mine.to_numpy(), theirs, mine.columns.tolist()
+    return found
 
 
 def compared(mine: np.ndarray, theirs: np.ndarray, ids: list[str], asked: list[str | None]) -> dict[str, float]:
@@ -119,7 +104,7 @@ def main() -> None:
     )  # fmt: skip
     rows = []
     itself = [*[None] * len(unseen), *members["item_id"]]  # a query's own id has its prompt in it
-    for statistic, (mine, theirs, ids) in statistics(scored, own_influence(made, others)).items():
+    for statistic, (mine, theirs, ids) in statistics(scored).items():
         for kind, part in (("unseen", slice(0, len(unseen))), ("trained", slice(len(unseen), None))):
             found = compared(mine[part], theirs[part], ids, itself[part])
             rows.append({"statistic": statistic, "queries": kind} | found)

@@ -17,7 +17,7 @@ LAYERS = [
     ["items", "finetuning"],
     ["store", "typefaces", "horizon", "taking"],
     ["verification", "figure", "contactsheet", "loading", "retraining"],
-    ["waypoints", "halving"],
+    ["waypoints", "halving", "solo"],
     ["building"],
     ["pipeline"],
     ["inspection", "queries", "planning", "nearcopies", "holdout"],
