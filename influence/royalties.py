@@ -4,8 +4,8 @@ A share says how an estimator divides what the fine-tune did for one picture. It
 not say that a picture was copied, nor that anything is due. T is a creator's total of the whole way from the base to
 the fine-tune where the base is known (`wholeway.py`), or else at its end, Σ score / (1 − h). In the game whose value is
 linear in the images such sums are Shapley values, and faithful to groups (Lee et al., 2025): dividing a catalogue
-between two names changes no sum. Values are cut at 0 for a creator, never for a work: cutting each work and adding up
-pays for the size of a catalogue.
+between two names changes no sum (but what its works do alone, where that is counted: `solo.py`). Values are cut at 0
+for a creator, never for a work: cutting each work and adding up pays for the size of a catalogue.
 """
 
 from collections.abc import Callable, Sequence

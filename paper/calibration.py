@@ -43,9 +43,10 @@ from influence import (
     waypoints,
 )
 from influence.evaluation import kept_shapley
-from influence.queries import read_queries
+from influence.queries import losses_alone, read_queries
 from influence.royalties import BASE_MODEL
 from influence.scored import Scored
+from influence.wholeway import with_alone
 
 PAPER = Path(__file__).parent
 DRAWS = 256
@@ -255,30 +256,36 @@ def distances(made: influence.Answers, name: str, asked: pd.DataFrame) -> pd.Dat
     return table.pivot_table(index="estimator", columns="kind", values="distance")[list(KINDS)]
 
 
-def owners(made: influence.Answers, scored: Scored, name: str, asked: pd.DataFrame) -> pd.DataFrame:
-    """Owners' totals, at the end and of the whole way, against exact Shapley values."""
+def with_solo(scored: Scored, folder: Path) -> Scored:
+    """The same with what owners do alone in their totals, as `--solo` has them."""
+    asked, names = scored.queries, scored.creators.names
+    by_part = asked.loss_base[:, :, None] - losses_alone(
+        scored.store, scored.loaded, folder, names, asked, lambda *_: None
+    )
+    whole = with_alone(scored.whole, by_part, asked.loss_base - asked.loss)
+    return replace(scored, whole=whole, alone=by_part.mean(1))
+
+
+def owners(made: influence.Answers, order: list[str], name: str, asked: pd.DataFrame) -> pd.DataFrame:
+    """Owners' totals against exact Shapley values."""
     ids, exact = kept_shapley(PAPER / "truth" / name)
     place = [ids.index(item_id) for item_id in made.queries["query_id"]]
-    measured = np.stack([exact[owner][place] for owner in scored.creators.names])
+    measured = np.stack([exact[owner][place] for owner in order])
     names = made.contributors.set_index("contributor_id")["name"]
     shares = made.shares[(made.shares["estimator"] == "group_sum") & (made.shares["query_id"] != "ALL")]
     way = shares.assign(name=shares["contributor_id"].map(names)).pivot(
         index="name", columns="query_id", values="group_score"
     )
-    totals = {
-        "end": scored.creators.totals.T,
-        made.facts["totals"]: way.loc[scored.creators.names, made.queries["query_id"]].to_numpy(),
-    }
+    predicted = way.loc[order, made.queries["query_id"]].to_numpy()
     gain = made.queries["finetune_gain"].to_numpy()
     rows = []
-    for which, predicted in totals.items():
-        for kind in KINDS:
-            here = np.flatnonzero(asked["kind"] == kind)
-            each = [np.corrcoef(measured[:, q], predicted[:, q])[0, 1] for q in here]
-            distance = metrics.total_variation(measured[:, here], predicted[:, here]).mean()
-            slope = metrics.slope(measured[:, here], predicted[:, here])
-            follows = np.corrcoef(gain[here], predicted[:, here].sum(0))[0, 1]
-            rows.append((which, kind, np.mean(each), distance, slope, follows))
+    for kind in KINDS:
+        here = np.flatnonzero(asked["kind"] == kind)
+        each = [np.corrcoef(measured[:, q], predicted[:, q])[0, 1] for q in here]
+        distance = metrics.total_variation(measured[:, here], predicted[:, here]).mean()
+        slope = metrics.slope(measured[:, here], predicted[:, here])
+        follows = np.corrcoef(gain[here], predicted[:, here].sum(0))[0, 1]
+        rows.append((made.facts["totals"], kind, np.mean(each), distance, slope, follows))
     columns = ["totals", "queries", "Pearson", "total variation", "slope", "sum follows gain (r)"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -300,7 +307,7 @@ def main() -> None:
     scored = attribution.score(
         asked["path"].tolist(), made, k=None, method=None, damping=None, draws=DRAWS, prompt=prompts,
         intervals=True, model=None, lora=None, base=None, half=None, engine="auto", batch_size=64, memory=None,
-        device="cpu", progress=lambda *_: None, message=say, clusters=clusters, path=True, solo=alone(name, work),
+        device="cpu", progress=lambda *_: None, message=say, clusters=clusters, path=True,
     )  # fmt: skip
     table = scored.table.assign(number=scored.table["query"].map({path: q for q, path in enumerate(asked["path"])}))
     by_kind = {kind: np.flatnonzero(asked["kind"] == kind) for kind in KINDS}
@@ -331,22 +338,27 @@ def main() -> None:
         f"| trained queries: the picture itself has q ≤ 0.1 (a single image can reach {smallest:.3f}) | "
         f"{np.mean([row.q_value <= 0.1 for row in own]):.0%} |"
     )
-    if options.every:
-        found, n = finds_itself(made, work)
-        show(f"| every training picture as a query (n = {n}): the picture itself has q ≤ 0.1 | {found:.1%} |")
     answered = answers.of_scored(scored, clusters, usage=np.ones(len(asked)), truth=PAPER / "truth" / name, message=say)
     words = answered.queries.assign(kind=asked["kind"]).groupby(["kind", "verdict"]).size().unstack(fill_value=0)
     show("", "Verdicts:", "", words.to_markdown(), "")
-    far = distances(answered, name, asked)
-    at_end = answers.of_scored(
-        replace(scored, whole=None), clusters, usage=np.ones(len(asked)), truth=PAPER / "truth" / name, message=say
-    )
-    far.loc["(group_sum of the end alone)"] = distances(at_end, name, asked).loc["group_sum"]
-    show("Total variation of shares from exact Shapley shares:", "", far.round(3).to_markdown(), "")
+    far, rows = [], []
+    for what in (scored, with_solo(scored, alone(name, work)), replace(scored, whole=None)):
+        said = answered
+        if what is not scored:
+            said = answers.of_scored(
+                what, clusters, usage=np.ones(len(asked)), truth=PAPER / "truth" / name, message=say
+            )
+        far.append(distances(said, name, asked).assign(totals=said.facts["totals"]))
+        rows.append(owners(said, scored.creators.names, name, asked))
+    show("Total variation of shares from exact Shapley shares:", "")
+    show(pd.concat(far).set_index("totals", append=True).reset_index().round(3).to_markdown(index=False), "")
     show("Owners' totals against exact Shapley values:", "")
-    show(owners(answered, scored, name, asked).round(3).to_markdown(index=False), "")
+    show(pd.concat(rows).round(3).to_markdown(index=False), "")
     value, n = coverage(made, asked, scored, *options.pairs)
     show(f"95 % intervals of scores hold the value from {MORE} × the draws in {value:.1%} of {n} pairs.", "")
+    if options.every:
+        found, n = finds_itself(made, work)
+        show(f"Of all {n} training pictures, asked about, {found:.1%} have q ≤ 0.1 themselves.", "")
 
 
 if __name__ == "__main__":
