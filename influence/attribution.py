@@ -243,27 +243,24 @@ def score_one(
         alone = derived.own_influence(made, controls, chosen, damping, factored, theirs, num_train)
         compared = scanning.control_scores(controls, chosen, v, asked, theirs, alone)
     table, creators = scan(chosen, v, parts, k, h, compared)
-    whole = None
+    whole = gain_alone = None
     if path and along and asked.loss_base is not None:
         as_it_is = np.zeros(len(h))  # a Shapley value is no removal at the end: nothing to correct
         (_, end), (_, way) = (
             scan(method, *rows, 1, as_it_is, None)
             for method, rows in ((chosen, (v, parts)), (METHODS["path"], preconditioned(METHODS["path"])))
         )
+        if solo is not None:
+            under = losses_alone(made, loaded, solo, creators.names, asked, progress, model=moved["model"])
+            by_part = asked.loss_base[:, :, None] - under
+            end, gain_alone = with_alone(end, by_part), by_part.mean(1)
         whole = whole_way(end, way, asked.loss_base - asked.loss)
-    gain_alone = None
-    if solo is not None:
-        if whole is None or asked.loss_base is None:
-            lacking = (
-                f"{method} has no such totals" if known else f"store {made.path.name} was built without --base DIR"
-            )
-            raise OptionError(
-                f"--solo goes into creators' totals of the whole way from the base, and {lacking}; leave it out, or "
-                "take a store with --base, and the default --method"
-            )
-        under = losses_alone(made, loaded, solo, creators.names, asked, progress, model=moved["model"])
-        by_part = asked.loss_base[:, :, None] - under
-        whole, gain_alone = with_alone(whole, by_part, asked.loss_base - asked.loss), by_part.mean(1)
+    elif solo is not None:
+        lacking = f"{method} has no such totals" if known else f"store {made.path.name} was built without --base DIR"
+        raise OptionError(
+            f"--solo goes into creators' totals of the whole way from the base, and {lacking}; leave it out, or "
+            "take a store with --base, and the default --method"
+        )
     count = 0 if compared is None else len(compared.item_ids)
     if 0 < count < significance.MIN_CONTROLS:
         message(

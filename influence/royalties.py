@@ -101,7 +101,7 @@ class Estimator:
 
 
 DEFAULT_ESTIMATOR = "group_sum"
-"""As near to exact Shapley shares as any (`paper/calibration.py`). Not who is above chance: verdicts say that."""
+"""As near to exact Shapley shares as any (`paper/owners.py`). Not who is above chance: verdicts say that."""
 ESTIMATORS: dict[str, Estimator] = {
     "group_sum": Estimator("T_g⁺ / Σ_h T_h⁺", _group_sum),
     "gated_group_sum": Estimator("a_g T_g⁺ / Σ_h T_h⁺,  a_g = [q_g ≤ 0.1 against controls]", _gated_group_sum),

@@ -49,39 +49,24 @@ def whole_way(end: Creators, path: Creators, gain: Float[np.ndarray, "query part
     )
 
 
-ALONE = 1 / 4
-"""Weight of what works do alone, by Gauss and Radau."""
+def with_alone(end: Creators, alone: Float[np.ndarray, "query parts creators"]) -> Creators:
+    """E′_g = A_g / n + (1 − 1/n) E_g: totals at the end, and what a fine-tune on the works of g alone gains, A_g.
 
-
-def with_alone(
-    whole: Creators, alone: Float[np.ndarray, "query parts creators"], gain: Float[np.ndarray, "query parts"]
-) -> Creators:
-    """T_g = ¼ A_g + ¾ W_g + ¼ (G − Σ_h A_h) n_g / N, with what a fine-tune on the works of g alone gains, A_g.
-
-    A Shapley value is φ_g = ∫₀¹ D_g(s) ds, where D_g(s) is what the works of g add, on average, to a fine-tune on those
-    of others who are in it with probability s each (Owen, 1972). D_g(0) is A_g, which is measured. The rule of Gauss
-    and Radau with one end fixed, exact for D of second degree, is ¼ D(0) + ¾ D(⅔); for D(⅔) stand totals W, as scores
-    are of fine-tunes on half of the images and on all of them (s = ½ and 1). Totals add up to G as before: what works
-    do alone and do not do together, or the other way round, is divided by works, n_g of N.
+    A Shapley value of n creators is the mean of n terms (Shapley, 1953): what the works of g add to those of k others,
+    on average over these, for k = 0 … n − 1. The first is A_g, and can be measured; scores foretell the others, for
+    they are of fine-tunes on half of the images and on all.
 
     Args:
-        whole: As `whole_way` makes them: W.
+        end: As for `whole_way`, which then takes the result in its place.
         alone: Loss under the base less that under the fine-tune of each creator alone, by batch of the same draws.
-        gain: As for `whole_way`.
     """
-    n = whole.images
-
-    def mixed(W: np.ndarray, A: np.ndarray, G: np.ndarray) -> np.ndarray:
-        return (1 - ALONE) * W + ALONE * (A + n / n.sum() * (G - A.sum(-1))[..., None])
-
-    measured, A = gain.astype(float), alone.astype(float)
-    totals = mixed(whole.totals, A.mean(1), measured.mean(1))
-    batches = len(whole.by_batch)
-    each = np.abs(totals - (1 - ALONE) * whole.totals) / np.sqrt(n)  # as if all works of a creator did as much
+    A, w = alone.astype(float), 1 / len(end.names)
+    mean = A.mean(1)
+    each = np.abs(mean) / np.sqrt(end.images)  # √Σ score² as if all works of a creator did as much
     return replace(
-        whole,
-        totals=totals,
-        squares=((1 - ALONE) * np.sqrt(whole.squares) + each) ** 2,
-        by_batch=mixed(whole.by_batch, A.transpose(1, 0, 2)[:batches], measured.T[:batches]),
-        train_variance=(1 - ALONE) ** 2 * whole.train_variance,
+        end,
+        totals=w * mean + (1 - w) * end.totals,
+        squares=(w * each + (1 - w) * np.sqrt(end.squares)) ** 2,
+        by_batch=w * A.transpose(1, 0, 2)[: len(end.by_batch)] + (1 - w) * end.by_batch,
+        train_variance=(1 - w) ** 2 * end.train_variance,
     )

@@ -1,4 +1,4 @@
-"""Are the p-values, intervals and shares of answers right? On a ground truth, with controls that were never trained on.
+"""Are the p-values, verdicts and intervals of answers right? On a ground truth, with controls never trained on.
 
     python data/emoji.py --out emoji1015 --size 16 --count 1015
     python data/emoji.py --out people --size 16 --count 164 --people
@@ -33,7 +33,6 @@ from influence import (
     attribution,
     derived,
     keys,
-    metrics,
     nearcopies,
     pipeline,
     scoring,
@@ -42,11 +41,8 @@ from influence import (
     typefaces,
     waypoints,
 )
-from influence.evaluation import kept_shapley
-from influence.queries import losses_alone, read_queries
-from influence.royalties import BASE_MODEL
+from influence.queries import read_queries
 from influence.scored import Scored
-from influence.wholeway import with_alone
 
 PAPER = Path(__file__).parent
 DRAWS = 256
@@ -126,13 +122,6 @@ def build(name: str, work: Path, pictures: list[Path]) -> influence.Store:
         store=work / "store", controls=controls(name, work, pictures), base=base,
         half=work / "half", message=say,
     )  # fmt: skip
-
-
-def alone(name: str, work: Path) -> Path:
-    """Fine-tunes of each owner alone, with another seed than those of the truth have."""
-    return influence.solo(
-        work / "dataset", work / "solo", base=PAPER / "truth" / name / "base", recipe=work / "model", seed=1000
-    )
 
 
 def queries(name: str, work: Path) -> pd.DataFrame:
@@ -233,63 +222,6 @@ def finds_itself(made: influence.Store, work: Path) -> tuple[float, int]:
     return float((own["q_value"] <= 0.1).mean()), len(own)
 
 
-def distances(made: influence.Answers, name: str, asked: pd.DataFrame) -> pd.DataFrame:
-    """Total variation between the shares of each estimator and exact Shapley shares, by kind of query.
-
-    Exact Shapley values add up to what the fine-tune gained on the picture, retrained: where that is not above 0 there
-    is nothing to divide, and the exact share of the base model is all.
-    """
-    ids, exact = kept_shapley(PAPER / "truth" / name)
-    shares = made.shares.merge(made.contributors[["contributor_id", "name"]], on="contributor_id")
-    kinds = dict(zip(made.queries["query_id"], asked["kind"], strict=True))
-    found = []
-    for (query, estimator), part in shares[shares["query_id"] != "ALL"].groupby(["query_id", "estimator"]):
-        mine = part.set_index("name")["share"]
-        values = pd.Series({owner: value[ids.index(query)] for owner, value in exact.items()})
-        target = pd.Series({BASE_MODEL: 1.0})
-        if values.sum() > 0:
-            target = values.clip(lower=0) / values.clip(lower=0).sum()
-        everyone = sorted(set(mine.index) | set(target.index))
-        gap = (mine.reindex(everyone).fillna(0) - target.reindex(everyone).fillna(0)).abs().sum() / 2
-        found.append((kinds[query], estimator, gap))
-    table = pd.DataFrame(found, columns=["kind", "estimator", "distance"])
-    return table.pivot_table(index="estimator", columns="kind", values="distance")[list(KINDS)]
-
-
-def with_solo(scored: Scored, folder: Path) -> Scored:
-    """The same with what owners do alone in their totals, as `--solo` has them."""
-    asked, names = scored.queries, scored.creators.names
-    by_part = asked.loss_base[:, :, None] - losses_alone(
-        scored.store, scored.loaded, folder, names, asked, lambda *_: None
-    )
-    whole = with_alone(scored.whole, by_part, asked.loss_base - asked.loss)
-    return replace(scored, whole=whole, alone=by_part.mean(1))
-
-
-def owners(made: influence.Answers, order: list[str], name: str, asked: pd.DataFrame) -> pd.DataFrame:
-    """Owners' totals against exact Shapley values."""
-    ids, exact = kept_shapley(PAPER / "truth" / name)
-    place = [ids.index(item_id) for item_id in made.queries["query_id"]]
-    measured = np.stack([exact[owner][place] for owner in order])
-    names = made.contributors.set_index("contributor_id")["name"]
-    shares = made.shares[(made.shares["estimator"] == "group_sum") & (made.shares["query_id"] != "ALL")]
-    way = shares.assign(name=shares["contributor_id"].map(names)).pivot(
-        index="name", columns="query_id", values="group_score"
-    )
-    predicted = way.loc[order, made.queries["query_id"]].to_numpy()
-    gain = made.queries["finetune_gain"].to_numpy()
-    rows = []
-    for kind in KINDS:
-        here = np.flatnonzero(asked["kind"] == kind)
-        each = [np.corrcoef(measured[:, q], predicted[:, q])[0, 1] for q in here]
-        distance = metrics.total_variation(measured[:, here], predicted[:, here]).mean()
-        slope = metrics.slope(measured[:, here], predicted[:, here])
-        follows = np.corrcoef(gain[here], predicted[:, here].sum(0))[0, 1]
-        rows.append((made.facts["totals"], kind, np.mean(each), distance, slope, follows))
-    columns = ["totals", "queries", "Pearson", "total variation", "slope", "sum follows gain (r)"]
-    return pd.DataFrame(rows, columns=columns)
-
-
 def main() -> None:
     """Check, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -307,7 +239,7 @@ def main() -> None:
     scored = attribution.score(
         asked["path"].tolist(), made, k=None, method=None, damping=None, draws=DRAWS, prompt=prompts,
         intervals=True, model=None, lora=None, base=None, half=None, engine="auto", batch_size=64, memory=None,
-        device="cpu", progress=lambda *_: None, message=say, clusters=clusters, path=True,
+        device="cpu", progress=lambda *_: None, message=say, clusters=clusters,
     )  # fmt: skip
     table = scored.table.assign(number=scored.table["query"].map({path: q for q, path in enumerate(asked["path"])}))
     by_kind = {kind: np.flatnonzero(asked["kind"] == kind) for kind in KINDS}
@@ -338,22 +270,9 @@ def main() -> None:
         f"| trained queries: the picture itself has q ≤ 0.1 (a single image can reach {smallest:.3f}) | "
         f"{np.mean([row.q_value <= 0.1 for row in own]):.0%} |"
     )
-    answered = answers.of_scored(scored, clusters, usage=np.ones(len(asked)), truth=PAPER / "truth" / name, message=say)
+    answered = answers.of_scored(scored, clusters, usage=np.ones(len(asked)), message=say)
     words = answered.queries.assign(kind=asked["kind"]).groupby(["kind", "verdict"]).size().unstack(fill_value=0)
     show("", "Verdicts:", "", words.to_markdown(), "")
-    far, rows = [], []
-    for what in (scored, with_solo(scored, alone(name, work)), replace(scored, whole=None)):
-        said = answered
-        if what is not scored:
-            said = answers.of_scored(
-                what, clusters, usage=np.ones(len(asked)), truth=PAPER / "truth" / name, message=say
-            )
-        far.append(distances(said, name, asked).assign(totals=said.facts["totals"]))
-        rows.append(owners(said, scored.creators.names, name, asked))
-    show("Total variation of shares from exact Shapley shares:", "")
-    show(pd.concat(far).set_index("totals", append=True).reset_index().round(3).to_markdown(index=False), "")
-    show("Owners' totals against exact Shapley values:", "")
-    show(pd.concat(rows).round(3).to_markdown(index=False), "")
     value, n = coverage(made, asked, scored, *options.pairs)
     show(f"95 % intervals of scores hold the value from {MORE} × the draws in {value:.1%} of {n} pairs.", "")
     if options.every:

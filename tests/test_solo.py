@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from scipy import sparse
 from tiny_models import pictures, tiny_ddpm, tiny_stable_diffusion
 
 import influence
-from influence import finetuning, models, retraining, wholeway
+from influence import finetuning, metrics, models, retraining, wholeway
 from influence.errors import OptionError
 from influence.finetuning import FineTune
 from influence.scored import Creators
@@ -105,13 +106,21 @@ def test_totals_count_what_works_do_alone_and_add_up_to_the_gain(world):
     without = influence.answer(picture, world / "s", draws=DRAWS)
     made = influence.answer(picture, world / "s", draws=DRAWS, solo=world / "solo")
     assert (without.facts["totals"], made.facts["totals"]) == ("whole way", "whole way and alone")
-    before, after = shares_of(without), shares_of(made)
-    assert before["gain_alone"].isna().all() and after["gain_alone"].notna().all()
-    n, gain = after["n_works"], made.queries["finetune_gain"].iloc[0]
-    alone = after["gain_alone"] + (gain - after["gain_alone"].sum()) * n / n.sum()
-    expected = 0.75 * before["group_score"] + 0.25 * alone
-    np.testing.assert_allclose(after["group_score"].astype(float), expected.astype(float), rtol=1e-5)
-    assert after["group_score"].sum() == pytest.approx(gain, rel=1e-4)
+    after = shares_of(made)
+    assert shares_of(without)["gain_alone"].isna().all() and after["gain_alone"].notna().all()
+    end, path = (
+        influence.attribute(picture, world / "s", method=method, k=None, draws=DRAWS)
+        for method in ("two-point", "path")
+    )
+    e, p = end.groupby("creator")["score"].sum(), path.groupby("creator")["score"].sum()
+    n, gain = end.groupby("creator").size(), made.queries["finetune_gain"].iloc[0]
+    mixed = after["gain_alone"][e.index].astype(float) / 3 + e * 2 / 3
+    rest = gain - mixed.sum()
+    c = abs(rest) / path["score"].abs().sum() if rest * p.sum() > 0 else 0.0
+    expected = mixed + c * p + (rest - c * p.sum()) * n / n.sum()
+    found = after["group_score"][e.index].astype(float)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5 * expected.abs().max())
+    assert found.sum() == pytest.approx(gain, rel=1e-4)
     assert (after["group_score_se"] > 0).all()
 
 
@@ -192,18 +201,28 @@ def creators(totals, by_batch, images):
 
 def test_each_batch_of_draws_has_the_totals_that_it_alone_would_give():
     rng = np.random.default_rng(0)
-    by_batch, alone, gain = rng.normal(size=(4, 2, 3)), rng.normal(size=(2, 4, 3)), rng.normal(size=(2, 4))
+    by_batch, alone = rng.normal(size=(4, 2, 3)), rng.normal(size=(2, 4, 3))
     images = [1.0, 5.0, 2.0]
-    found = wholeway.with_alone(creators(by_batch.mean(0), by_batch, images), alone, gain)
+    found = wholeway.with_alone(creators(by_batch.mean(0), by_batch, images), alone)
+    np.testing.assert_allclose(found.totals, alone.mean(1) / 3 + by_batch.mean(0) * 2 / 3)
     np.testing.assert_allclose(found.by_batch.mean(0), found.totals)
-    np.testing.assert_allclose(found.train_variance, 0.09)
+    np.testing.assert_allclose(found.train_variance, 0.16 * 4 / 9)
     for b in range(4):
-        one = wholeway.with_alone(creators(by_batch[b], by_batch[:0], images), alone[:, b : b + 1], gain[:, b : b + 1])
+        one = wholeway.with_alone(creators(by_batch[b], by_batch[:0], images), alone[:, b : b + 1])
         np.testing.assert_allclose(found.by_batch[b], one.totals)
 
 
-def test_the_rule_of_gauss_and_radau_integrates_parabolas():
-    for power in range(3):
-        at_zero, at_two_thirds = float(power == 0), (2 / 3) ** power
-        integral = wholeway.ALONE * at_zero + (1 - wholeway.ALONE) * at_two_thirds
-        assert integral == pytest.approx(1 / (power + 1))
+def test_with_the_other_terms_of_the_mean_totals_are_shapley_values():
+    """Of a game of 3 creators with interactions: the first of the 3 terms is measured, the others are foretold."""
+    rng = np.random.default_rng(1)
+    values = {frozenset(c): rng.normal(size=2) for k in range(4) for c in combinations("abc", k)}
+    alone = np.stack([values[frozenset(g)] - values[frozenset()] for g in "abc"], axis=1)
+    others = []
+    for g in "abc":
+        rest = sorted({*"abc"} - {g})
+        pairs = np.mean([values[frozenset({g, o})] - values[frozenset(o)] for o in rest], axis=0)
+        others.append((pairs + values[frozenset("abc")] - values[frozenset(rest)]) / 2)
+    end = creators(np.stack(others, axis=1), np.empty((0, 2, 3)), [1.0, 2.0, 3.0])
+    exact = metrics.shapley(values)
+    found = wholeway.with_alone(end, alone[:, None])
+    np.testing.assert_allclose(found.totals, np.stack([exact[g] for g in "abc"], axis=1))
