@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from scipy import stats
 from tiny_models import pictures, tiny_ddpm, tiny_lora, tiny_stable_diffusion
 
 import influence
@@ -140,12 +141,22 @@ def test_relative_scores_under_trak_are_those_of_the_image_left_out(world):
     np.testing.assert_allclose(table["score_rel"], table["score_adj"] / np.sqrt(alone), rtol=1e-4)
 
 
+def test_a_relative_score_is_divided_by_what_the_image_does_for_itself(world):
+    table = influence.attribute(world / "all" / "028.png", world / "s", k=None, draws=DRAWS, method="grad-dot")
+    lengths = {}
+    for block in influence.open_store(world / "s").blocks():
+        lengths |= dict(zip(block.item_ids, np.linalg.norm(block.phi, axis=1), strict=True))
+    np.testing.assert_allclose(table["score_rel"], table["score"] / table["item_id"].map(lengths), rtol=1e-5)
+
+
 def test_p_values_can_be_counted_from_the_tables(exported):
     scores, controls = exported.attributions, exported.controls
     for query, mine in scores.groupby("query_id"):
         strangers = controls.loc[controls["query_id"] == query, "score_rel"].to_numpy()
         above = (strangers >= mine["score_rel"].to_numpy()[:, None]).sum(1)
         np.testing.assert_allclose(mine["p_value"], (1 + above) / (1 + len(strangers)))
+        images = mine.drop_duplicates("item_id")
+        np.testing.assert_allclose(images["q_value"], stats.false_discovery_control(images["p_value"]))
     lengths = controls["score"] / controls["score_rel"]  # √τ(i, i), whoever asks
     assert (lengths > 0).all()
     assert (lengths.groupby(controls["control_id"]).std().dropna() < 1e-9 * lengths.max()).all()
