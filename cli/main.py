@@ -14,7 +14,7 @@ import pandas as pd
 from influence_cli.answers import check, export, replay
 from influence_cli.evaluate import evaluate
 from influence_cli.extract import extract
-from influence_cli.printing import clean, compute, progress, say
+from influence_cli.printing import clean, compute, options_of, progress, say
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -160,16 +160,22 @@ def build(
     click.echo(f"{store}: {rows} images, {psi_rows} curvature rows, {len(made.refused())} refused{left_out}{compared}")
 
 
-@cli.command()
-@click.argument("dataset", type=click.Path(path_type=Path))
-@click.option("--base", required=True, type=click.Path(path_type=Path), help="The pipeline that it started from.")
-@click.option(
-    "--recipe", required=True, type=click.Path(path_type=Path), help="finetune.json, or the model's folder with it."
+_again = options_of(
+    click.argument("dataset", type=click.Path(path_type=Path)),
+    click.option("--base", required=True, type=click.Path(path_type=Path), help="The pipeline that it started from."),
+    click.option(
+        "--recipe", required=True, type=click.Path(path_type=Path), help="finetune.json, or the model's folder with it."
+    ),
+    click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write."),
+    click.option("--resolution", type=int, help="Pixels of a side.  [default: the model's own]"),
+    click.option("--seed", type=int, default=0, show_default=True),
+    click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …"),
 )
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--resolution", type=int, help="Pixels of a side.  [default: the model's own]")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …")
+"""What a fine-tune that is done again needs."""
+
+
+@cli.command()
+@_again
 def halve(out: Path, **options: Any) -> None:
     """Do a fine-tune again for half of its epochs, for build --half.
 
@@ -184,16 +190,8 @@ def halve(out: Path, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("dataset", type=click.Path(path_type=Path))
-@click.option("--base", required=True, type=click.Path(path_type=Path), help="The pipeline that it started from.")
-@click.option(
-    "--recipe", required=True, type=click.Path(path_type=Path), help="finetune.json, or the model's folder with it."
-)
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@_again
 @click.option("--creator-column", help="Column that names the creator.  [default: creator]")
-@click.option("--resolution", type=int, help="Pixels of a side.  [default: the model's own]")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …")
 def solo(out: Path, **options: Any) -> None:
     """Do a fine-tune again on the works of each creator alone, for export --solo.
 
