@@ -17,7 +17,7 @@ from influence.loading import Loaded
 from influence.models import Denoiser
 from influence.progress import Message, Progress
 from influence.scoring import Method
-from influence.solo import read_solo, require_works
+from influence.solo import read_solo, require_same
 from influence.store import Store
 from influence.taking import decode, encoded, take_arrays
 from influence.waypoints import load_alone
@@ -158,7 +158,8 @@ def losses_alone(
         OptionError: The folder is of other works, or of another fine-tune.
     """
     alone = read_solo(folder)
-    require_works(alone, made.items["creator"], made.items["item_id"])
+    base = loaded.denoiser.identity["model"] if made.source["lora"] is not None else made.source["base_model"]
+    require_same(alone, base, made.items["creator"], made.items["item_id"])
     places = {one.creator: one.path for one in alone}
     channels, height, width = loaded.denoiser.image_size
     images = [datasets.decode(Path(path))[0] for path in asked.paths]

@@ -29,6 +29,8 @@ class Alone:
     creator: str
     works: str
     """Hash of the images that it was trained on."""
+    base: str
+    """Hash of the model that it started from."""
     path: Path
     """A pipeline folder, or a folder with the LoRA."""
 
@@ -108,7 +110,8 @@ def read_solo(folder: str | os.PathLike[str]) -> list[Alone]:
     """
     index, place = _read(Path(folder)), Path(folder)
     try:
-        found = [Alone(str(e["creator"]), str(e["works"]), place / str(e["folder"])) for e in index["creators"]]
+        base = str(index["base"])
+        found = [Alone(str(e["creator"]), str(e["works"]), base, place / str(e["folder"])) for e in index["creators"]]
     except (KeyError, TypeError) as error:
         raise OptionError(f"{place / INDEX} lacks {error}; expected what influence solo makes") from None
     missing = [one.creator for one in found if not one.path.is_dir()]
@@ -117,17 +120,23 @@ def read_solo(folder: str | os.PathLike[str]) -> list[Alone]:
     return found
 
 
-def require_works(alone: Sequence[Alone], creators: Iterable[str], item_ids: Iterable[str]) -> None:
-    """Refuse fine-tunes of other works than a store has.
+def require_same(alone: Sequence[Alone], base: str | None, creators: Iterable[str], item_ids: Iterable[str]) -> None:
+    """Refuse fine-tunes of another base or of other works than a store has.
 
     Args:
         alone: What `read_solo` found.
+        base: Hash of the model that the store's fine-tune started from.
         creators: Of each file of the store.
         item_ids: Of each file of the store.
 
     Raises:
-        OptionError: A creator has none, or one of other works.
+        OptionError: A creator has none, or one of other works, or of another base.
     """
+    if any(one.base != base for one in alone):
+        raise OptionError(
+            "the fine-tunes of creators alone started from another model than the fine-tune of this store; run "
+            "influence solo with its base, to another folder"
+        )
     theirs: dict[str, list[str]] = {}
     for creator, item_id in zip(creators, item_ids, strict=True):
         theirs.setdefault(creator, []).append(item_id)

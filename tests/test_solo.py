@@ -153,16 +153,22 @@ def test_fine_tunes_of_other_works_or_of_another_network_are_refused(world, tmp_
     ask = {"draws": DRAWS}
     with pytest.raises(OptionError, match=r"not of the works of this store: those of 'creator 0' .*run influence solo"):
         influence.answer(world / "data" / "003.png", world / "s", solo=tmp_path / "fewer", **ask)
+    influence.solo(world / "data", tmp_path / "elsewhere", base=world / "model", recipe=world / "recipe")
+    with pytest.raises(OptionError, match=r"started from another model than .* run influence solo with its base"):
+        influence.answer(world / "data" / "003.png", world / "s", solo=tmp_path / "elsewhere", **ask)
     wide = tiny_ddpm(tmp_path / "wide", width=16)
     influence.solo(world / "data", tmp_path / "other", base=wide, recipe=world / "recipe")
+    for entry in read_solo(world / "solo"):  # the index says it is of this base
+        shutil.copytree(tmp_path / "other" / entry.path.name, tmp_path / "mixed" / entry.path.name)
+    shutil.copy(world / "solo" / INDEX, tmp_path / "mixed" / INDEX)
     with pytest.raises(OptionError, match="has other parameters than the fine-tuned model"):
-        influence.answer(world / "data" / "003.png", world / "s", solo=tmp_path / "other", **ask)
+        influence.answer(world / "data" / "003.png", world / "s", solo=tmp_path / "mixed", **ask)
     with pytest.raises(OptionError, match=r"solo.json cannot be read .*expected what influence solo makes"):
         influence.answer(world / "data" / "003.png", world / "s", solo=tmp_path, **ask)
     (tmp_path / INDEX).write_text("[]", encoding="utf-8")
     with pytest.raises(OptionError, match=r"solo.json holds a list; expected what influence solo makes"):
         read_solo(tmp_path)
-    (tmp_path / INDEX).write_text('{"creators": [{}]}', encoding="utf-8")
+    (tmp_path / INDEX).write_text('{"base": "", "creators": [{}]}', encoding="utf-8")
     with pytest.raises(OptionError, match=r"solo.json lacks 'creator'; expected what influence solo makes"):
         read_solo(tmp_path)
 
