@@ -32,8 +32,10 @@ _query = options_of(
                  help="Parquet file of your own embeddings (file_name, embedding), for near copies."),
     click.option("--base", type=click.Path(path_type=Path), help="The pipeline before the fine-tune."),
     click.option("--half", type=click.Path(path_type=Path), help="Where the model of half the length is now."),
-    click.option("--solo", type=click.Path(path_type=Path),
-                 help="Fine-tunes of each creator alone (see solo): shares are nearer to Shapley values with them."),
+    click.option("--solo", multiple=True, type=click.Path(path_type=Path),
+                 callback=lambda context, option, folders: list(folders) or None,
+                 help="Fine-tunes of each creator alone (see solo): shares are nearer to Shapley values with them. "
+                      "Several, of other seeds, are averaged."),
     click.option("--dataset", type=click.Path(path_type=Path), help="Where the data set is now, if it was moved."),
     click.option("--model", type=click.Path(path_type=Path), help="Where the model is now, if it was moved."),
     click.option("--lora", type=click.Path(path_type=Path), help="Where the LoRA is now, if it was moved."),

@@ -65,7 +65,7 @@ def answer(
     lora: str | os.PathLike[str] | None = None,
     base: str | os.PathLike[str] | None = None,
     half: str | os.PathLike[str] | None = None,
-    solo: str | os.PathLike[str] | None = None,
+    solo: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     engine: str = "auto",
     batch_size: int = DEFAULT_BATCH,
     memory: str | None = None,
@@ -94,8 +94,8 @@ def answer(
         lora: Where the LoRA is now.
         base: The pipeline that the fine-tune started from, if it was not named at build; a LoRA's is known.
         half: Where the model of half the length is now, if it was moved.
-        solo: Fine-tunes of each creator alone, as the function `solo` makes them: with them creators' totals are nearer
-            to Shapley values.
+        solo: Fine-tunes of each creator alone, as the function `solo` makes them, or several of other seeds: with them
+            creators' totals are nearer to Shapley values.
         engine: As for `build`.
         batch_size: As for `build`.
         memory: As for `build`.

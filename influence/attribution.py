@@ -154,7 +154,7 @@ def score_one(
     message: Message,
     clusters: Mapping[str, str] | None = None,
     path: bool = False,
-    solo: str | os.PathLike[str] | None = None,
+    solo: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
 ) -> Scored:
     """Score pictures with one store; arguments as for `attribute`.
 

@@ -24,7 +24,7 @@ from influence.royalties import ESTIMATORS
 _OPTIONS = ("k", "method", "damping", "draws", "prompt", "usage", "pool", "currency", "embedding", "dataset", "model",
             "lora", "base", "half", "solo")  # fmt: skip
 _KINDS = {"k": (int,), "draws": (int,), "batch_size": (int,), "damping": (int, float), "pool": (str, int, float),
-          "prompt": (str, list), "usage": (list,)}  # fmt: skip
+          "prompt": (str, list), "usage": (list,), "solo": (str, list)}  # fmt: skip
 _COMPUTE = ("engine", "batch_size", "device")  # as they were chosen: they change the last bits of a number
 
 
@@ -200,8 +200,9 @@ def _record(path: Path) -> _Record:
         if isinstance(value, bool) or not isinstance(value, kinds):
             expected = " or ".join(kind.__name__ for kind in kinds)
             raise OptionError(f"{path} has {value!r} as option {name}; expected {expected}")
-    if not all(isinstance(weight, (int, float)) for weight in record.options.get("usage", [])):
-        raise OptionError(f"{path} has {record.options['usage']!r} as option usage; expected numbers")
+    for name, kinds, expected in (("usage", (int, float), "numbers"), ("prompt", str, "texts"), ("solo", str, "texts")):
+        if not all(isinstance(part, kinds) for part in record.options.get(name, [])):
+            raise OptionError(f"{path} has {record.options[name]!r} as option {name}; expected {expected}")
     return record
 
 

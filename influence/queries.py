@@ -17,7 +17,7 @@ from influence.loading import Loaded
 from influence.models import Denoiser
 from influence.progress import Message, Progress
 from influence.scoring import Method
-from influence.solo import read_solo, require_same
+from influence.solo import read_solos, require_same
 from influence.store import Store
 from influence.taking import decode, encoded, take_arrays
 from influence.waypoints import load_alone
@@ -136,7 +136,7 @@ def read_queries(
 def losses_alone(
     made: Store,
     loaded: Loaded,
-    folder: str | os.PathLike[str],
+    folders: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     creators: Sequence[str],
     asked: Queries,
     progress: Progress,
@@ -145,33 +145,37 @@ def losses_alone(
 ) -> Float32[np.ndarray, "queries parts creators"]:
     """Losses of pictures under the fine-tune of each creator alone, on the draws of `asked`, by batch of these.
 
+    Of several trainings with other seeds it is the mean.
+
     Args:
         made: The store.
         loaded: Its model, and how features are taken.
-        folder: What `solo` made of the store's data set.
+        folders: What `solo` made of the store's data set; several of other seeds.
         creators: In which order.
         asked: The pictures.
         progress: Called as work gets done.
         model: Where the model that a LoRA was put on is now, if it was moved.
 
     Raises:
-        OptionError: The folder is of other works, or of another fine-tune.
+        OptionError: A folder is of other works, or of another fine-tune.
     """
-    alone = read_solo(folder)
+    trainings = read_solos(folders)
     base = loaded.denoiser.identity["model"] if made.source["lora"] is not None else made.source["base_model"]
-    require_same(alone, base, made.items["creator"], made.items["item_id"])
-    places = {one.creator: one.path for one in alone}
+    for alone in trainings:
+        require_same(alone, base, made.items["creator"], made.items["item_id"])
+    places = [{one.creator: one.path for one in alone} for alone in trainings]
     channels, height, width = loaded.denoiser.image_size
     images = [datasets.decode(Path(path))[0] for path in asked.paths]
     pixels = [datasets.to_array(image, height=height, width=width, channels=channels) for image in images]
-    found = np.empty((*asked.loss.shape, len(creators)), np.float32)
-    for g, creator in enumerate(creators):
-        progress("creators alone", g, len(creators))
-        of = load_alone(made.source, loaded.denoiser, places[creator], loaded.device, model=model)
+    found = np.zeros((*asked.loss.shape, len(creators)), np.float32)
+    models = [(g, where[creator]) for where in places for g, creator in enumerate(creators)]
+    for done, (g, place) in enumerate(models):
+        progress("creators alone", done, len(models))
+        of = load_alone(made.source, loaded.denoiser, place, loaded.device, model=model)
         recipe = replace(loaded.recipe, role="query", output="loss", curvature_rate=0.0, parameters=of.parameters)
         for q, (item_id, prompt) in enumerate(zip(asked.item_ids, asked.prompts, strict=True)):
-            found[q, :, g] = features.by_batch(_losses(of, recipe, item_id, pixels[q], prompt)[0])
-    progress("creators alone", len(creators), len(creators))
+            found[q, :, g] += features.by_batch(_losses(of, recipe, item_id, pixels[q], prompt)[0]) / len(trainings)
+    progress("creators alone", len(models), len(models))
     return found
 
 

@@ -120,6 +120,32 @@ def read_solo(folder: str | os.PathLike[str]) -> list[Alone]:
     return found
 
 
+def read_solos(folders: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[list[Alone]]:
+    """The fine-tunes of one or several folders, as `read_solo` finds them, each of another seed.
+
+    Raises:
+        OptionError: One is none, or they differ in more than the seed, or not in it.
+    """
+    places = [Path(f) for f in ([folders] if isinstance(folders, (str, os.PathLike)) else folders)]
+    found = [read_solo(place) for place in places]
+    indices = [_read(place) for place in places]
+    seeds: dict[str, Path] = {}
+    for place, index in zip(places, indices, strict=True):
+        seed = json.dumps(index.pop("seed", None))
+        if seed in seeds:
+            raise OptionError(
+                f"the fine-tunes in {seeds[seed]} and {place} are one training, of seed {seed}; pass each once, and "
+                "more of another influence solo --seed"
+            )
+        if index != indices[0]:
+            raise OptionError(
+                f"the fine-tunes in {places[0]} and {place} differ in more than the seed; run influence solo with the "
+                "same data set, base and recipe"
+            )
+        seeds[seed] = place
+    return found
+
+
 def require_same(alone: Sequence[Alone], base: str | None, creators: Iterable[str], item_ids: Iterable[str]) -> None:
     """Refuse fine-tunes of another base or of other works than a store has.
 

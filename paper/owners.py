@@ -25,12 +25,17 @@ from influence.evaluation import kept_shapley
 from influence.royalties import BASE_MODEL
 from influence.scored import Scored
 
+SEEDS = (1000, 1001, 1002)
+"""Of fine-tunes of each owner alone; the truth has others."""
 
-def alone(name: str, work: Path) -> Path:
-    """Fine-tunes of each owner alone, with another seed than those of the truth have."""
-    return influence.solo(
-        work / "dataset", work / "solo", base=PAPER / "truth" / name / "base", recipe=work / "model", seed=1000
-    )
+
+def alone(name: str, work: Path) -> list[Path]:
+    """Fine-tunes of each owner alone, with other seeds than those of the truth have."""
+    base = PAPER / "truth" / name / "base"
+    return [
+        influence.solo(work / "dataset", work / f"solo-{seed}", base=base, recipe=work / "model", seed=seed)
+        for seed in SEEDS
+    ]
 
 
 def distances(made: influence.Answers, name: str, asked: pd.DataFrame) -> pd.DataFrame:

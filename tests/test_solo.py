@@ -144,6 +144,28 @@ def test_what_works_do_alone_is_the_base_s_loss_less_that_of_their_fine_tune(wor
         assert gain == pytest.approx(losses["base"] - losses[creator], rel=1e-3, abs=1e-6)
 
 
+def test_several_trainings_count_by_their_mean(world, tmp_path):
+    ask = {"images": world / "data" / "003.png", "store": world / "s", "draws": DRAWS}
+    again = influence.solo(world / "data", tmp_path / "again", base=world / "base", recipe=world / "recipe", seed=6)
+    one, other = (shares_of(influence.answer(**ask, solo=folder)) for folder in (world / "solo", again))
+    both = shares_of(influence.answer(**ask, solo=[world / "solo", again]))
+    assert (one["gain_alone"] != other["gain_alone"]).all()
+    mean = (one["gain_alone"] + other["gain_alone"]) / 2
+    np.testing.assert_allclose(both["gain_alone"].astype(float), mean.astype(float), rtol=1e-4, atol=1e-7)
+
+
+def test_several_trainings_differ_in_the_seed_alone(world, tmp_path):
+    def answer(*folders):
+        return influence.answer(world / "data" / "003.png", world / "s", draws=DRAWS, solo=folders)
+
+    with pytest.raises(OptionError, match=r"are one training, of seed 5; pass each once"):
+        answer(world / "solo", shutil.copytree(world / "solo", tmp_path / "copy"))
+    longer = written(tmp_path, replace(RECIPE, epochs=3))
+    influence.solo(world / "data", tmp_path / "longer", base=world / "base", recipe=longer, seed=6)
+    with pytest.raises(OptionError, match="differ in more than the seed; run influence solo with the same data set"):
+        answer(world / "solo", tmp_path / "longer")
+
+
 def test_fine_tunes_of_other_works_or_of_another_network_are_refused(world, tmp_path):
     data = shutil.copytree(world / "data", tmp_path / "data")
     lines = (data / "metadata.csv").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -192,7 +214,7 @@ def test_an_export_with_it_is_replayed_from_the_command_line(world, tmp_path):
     ask = [world / "data" / "003.png", "--store", world / "s", "--draws", DRAWS, "--solo", out]
     result = run("export", *ask, "-o", tmp_path / "tables")
     assert result.exit_code == 0, result.output
-    assert json.loads((tmp_path / "tables" / "run.json").read_text(encoding="utf-8"))["options"]["solo"] == str(out)
+    assert json.loads((tmp_path / "tables" / "run.json").read_text(encoding="utf-8"))["options"]["solo"] == [str(out)]
     result = run("replay", tmp_path / "tables" / "run.json", "-o", tmp_path / "again")
     assert result.exit_code == 0 and "every table has the bytes" in result.output, result.output
 
