@@ -37,6 +37,7 @@ _query = options_of(
                  help="Fine-tunes of each creator alone (see solo): shares are nearer to Shapley values with them. "
                       "Several, of other seeds, are averaged."),
     click.option("--dataset", type=click.Path(path_type=Path), help="Where the data set is now, if it was moved."),
+    click.option("--controls", type=click.Path(path_type=Path), help="Where the controls are now, if they were moved."),
     click.option("--model", type=click.Path(path_type=Path), help="Where the model is now, if it was moved."),
     click.option("--lora", type=click.Path(path_type=Path), help="Where the LoRA is now, if it was moved."),
     compute,
@@ -122,7 +123,7 @@ def _print(made: influence.Answers) -> None:
 @click.option("--pool", metavar="AMOUNT", help="Money to divide over all pictures, by every estimator.")
 @click.option("--currency", default="EUR", show_default=True, help="Code of ISO 4217.")
 @click.option("--truth", type=click.Path(path_type=Path), help="Truth of influence evaluate shapley: exact values.")
-@click.option("-k", "k", type=int, help="Rows of scores for each picture.  [default: all]")
+@click.option("-k", "k", type=click.IntRange(1), help="Rows of scores for each picture.  [default: all]")
 def export(
     images: tuple[Path, ...],
     listed: Path | None,
@@ -151,8 +152,18 @@ def export(
     "--store", multiple=True, type=click.Path(path_type=Path), help="Where the store is now, if it was moved."
 )
 @click.option("--dataset", type=click.Path(path_type=Path), help="Where the data set is now, if it was moved.")
+@click.option("--controls", type=click.Path(path_type=Path), help="Where the controls are now, if they were moved.")
 @click.option("--model", type=click.Path(path_type=Path), help="Where the model is now, if it was moved.")
 @click.option("--lora", type=click.Path(path_type=Path), help="Where the LoRA is now, if it was moved.")
+@click.option("--base", type=click.Path(path_type=Path), help="Where the base is now, if it was moved.")
+@click.option("--half", type=click.Path(path_type=Path), help="Where the model of half the length is now, if moved.")
+@click.option(
+    "--solo",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Where the fine-tunes of each creator alone are now, if they were moved.",
+)
+@click.option("--embedding", type=click.Path(path_type=Path), help="Where the embeddings are now, if they were moved.")
 @click.option("--device", help="cpu, cuda, cuda:1 …  [default: the same as then]")
 def replay(run: Path, out: Path, **changes: Any) -> None:
     """Make an export again from its run.json, in the folder it was made in, and compare the tables byte by byte.
@@ -161,10 +172,9 @@ def replay(run: Path, out: Path, **changes: Any) -> None:
     Example:
       influence replay tables/run.json -o again
     """  # noqa: D301
-    moved = [str(path) for path in changes.pop("store")]
+    several = {name: [str(path) for path in changes.pop(name)] for name in ("store", "solo")}
     changes = {name: str(value) for name, value in changes.items() if value is not None}
-    if moved:
-        changes["store"] = moved
+    changes |= {name: paths for name, paths in several.items() if paths}
     with progress() as show:
         made = influence.replay(run, out, progress=show, message=say, **changes)
     for name, how in made.changed.items():

@@ -146,6 +146,8 @@ def doctor(
     store: Path, methods: tuple[str, ...], images: tuple[Path, ...], prompt: str | None, as_json: bool, **options: Any
 ) -> None:
     """Examine a store without retraining; exit code 1 if a check fails."""
+    if len(methods) > 1:
+        raise click.UsageError("doctor examines one --method at a time.")
     prompts = None if prompt is None else [prompt] * len(images)
     with progress() as show:
         table = influence.doctor(

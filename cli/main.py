@@ -255,6 +255,8 @@ class _Count(click.ParamType):
 @click.option("--lora", type=click.Path(path_type=Path), help="Where the LoRA is now, if it was moved.")
 @click.option("--base", type=click.Path(path_type=Path), help="The pipeline before the fine-tune, if build named none.")
 @click.option("--half", type=click.Path(path_type=Path), help="Where the model of half the length is now, if moved.")
+@click.option("--dataset", type=click.Path(path_type=Path), help="Where the data set is now, if it was moved.")
+@click.option("--controls", type=click.Path(path_type=Path), help="Where the controls are now, if they were moved.")
 @click.option("--intervals/--no-intervals", default=True, show_default=True, help="Standard errors of the scores.")
 @click.option("--output", type=click.Path(path_type=Path), help="FILE.csv, .parquet or .json")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")

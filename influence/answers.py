@@ -19,12 +19,13 @@ from scipy import stats
 from influence import datasets, nearcopies, royalties, significance, similarity, verdicts
 from influence.attribution import Stores, listed, score
 from influence.errors import OptionError
-from influence.evaluation import kept_shapley
+from influence.evaluation import kept_shapley, require_truth_of
 from influence.loading import DEFAULT_BATCH
 from influence.progress import Message, Progress, silent
 from influence.royalties import BASE_MODEL, DEFAULT_ESTIMATOR, ESTIMATORS, UNATTRIBUTED, Evidence
 from influence.scored import Controls, Creators, Scored, styles
 from influence.verdicts import Verdict
+from influence.waypoints import base_identity
 
 ALL = "ALL"
 """In place of a query: the statement over all of them."""
@@ -61,6 +62,7 @@ def answer(
     truth: str | os.PathLike[str] | None = None,
     embedding: str | os.PathLike[str] | None = None,
     dataset: str | os.PathLike[str] | None = None,
+    controls: str | os.PathLike[str] | None = None,
     model: str | os.PathLike[str] | None = None,
     lora: str | os.PathLike[str] | None = None,
     base: str | os.PathLike[str] | None = None,
@@ -90,6 +92,7 @@ def answer(
             Shapley values of the pictures that are its queries.
         embedding: Parquet file of your own embeddings, as for `near_copies`.
         dataset: Where the data set is now, if it was moved since the store was built.
+        controls: Where the controls are now; their pictures are needed at the first query.
         model: Where the model is now.
         lora: Where the LoRA is now.
         base: The pipeline that the fine-tune started from, if it was not named at build; a LoRA's is known.
@@ -118,8 +121,8 @@ def answer(
     clusters = nearcopies.duplicate_clusters(listed(store)[0], dataset=dataset, progress=progress)
     scored = score(
         paths, store, k=k, method=method, damping=damping, draws=draws, prompt=prompt, intervals=True, model=model,
-        lora=lora, base=base, half=half, engine=engine, batch_size=batch_size, memory=memory, device=device,
-        progress=progress, message=message, clusters=clusters, path=True, solo=solo,
+        lora=lora, base=base, half=half, dataset=dataset, controls=controls, engine=engine, batch_size=batch_size,
+        memory=memory, device=device, progress=progress, message=message, clusters=clusters, path=True, solo=solo,
     )  # fmt: skip
     return of_scored(
         scored, clusters, usage=weights, pool=pool, currency=currency, truth=truth, embedding=embedding,
@@ -234,7 +237,7 @@ def _strangers(scored: Scored, q: int) -> tuple[np.ndarray, np.ndarray]:
     found = scored.control_losses
     if found is None:
         return np.empty(0), np.empty(0)
-    others = np.array([item_id != scored.queries.item_ids[q] for item_id in found.item_ids], bool)
+    others = np.array([item_id not in scored.queries.same[q] for item_id in found.item_ids], bool)
     losses = found.finetuned.astype(float)
     return losses[others], np.empty(0) if found.base is None else (found.base - losses)[others]
 
@@ -262,11 +265,14 @@ def _shapley_of(scored: Scored, truth: str | os.PathLike[str] | None) -> dict[in
     """Exact Shapley values of the queries that a truth has."""
     if truth is None:
         return {}
+    made = scored.store
+    works = zip(made.items["item_id"], made.items["creator"], strict=True)
+    require_truth_of(truth, works, base_identity(made.source, scored.loaded.denoiser), made.path.name)
     query_ids, exact = kept_shapley(truth)
     position = {item_id: i for i, item_id in enumerate(query_ids)}
     names = scored.creators.names
     return {
-        q: np.array([exact[name][position[item_id]] if name in exact else 0.0 for name in names])
+        q: np.array([exact[name][position[item_id]] for name in names])
         for q, item_id in enumerate(scored.queries.item_ids)
         if item_id in position
     }
@@ -279,6 +285,8 @@ def _of_query(creators: Creators, q: int) -> dict[str, np.ndarray]:
         "squares": creators.squares[q],
         "by_batch": creators.by_batch[:, q],
         "train_variance": creators.train_variance[q],
+        "between": None if creators.between is None else creators.between[q],
+        "models": creators.models,
     }
 
 
@@ -346,11 +354,12 @@ def _shares(
 
 
 def _variance(creators: Creators, q: int) -> np.ndarray:
-    """Variance of creators' totals from draws, of the query and of the training images."""
+    """Variance of creators' totals from draws, of the query and of the training images, and from training again."""
     batches = creators.by_batch[:, q]
     if len(batches) < 2:
         return np.full(len(creators.names), np.nan)
-    return batches.var(0, ddof=1) / len(batches) + creators.train_variance[q]
+    again = 0.0 if creators.between is None else creators.between[q]
+    return batches.var(0, ddof=1) / len(batches) + creators.train_variance[q] + again
 
 
 def _share_table(
@@ -464,7 +473,7 @@ def _styles(scored: Scored, ids: Mapping[str, str]) -> pd.DataFrame:
     """Of all queries, with identifiers in place of names."""
     parts = []
     for q, query in enumerate(scored.queries.item_ids):
-        found = styles(scored.creators, scored.controls, q)
+        found = styles(scored.creators, scored.controls, q, scored.models)
         parts.append(found.assign(query_id=query, contributor_id=found["creator"].map(ids)))
     return pd.concat(parts, ignore_index=True)
 

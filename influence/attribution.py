@@ -1,5 +1,6 @@
 """Attribute pictures with a store: features of the query → scores of all training images → significance → a table."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from influence import derived, scanning, scoring, significance
 from influence import store as stores
 from influence.building import run_shards
+from influence.curvature import Curvature
 from influence.ensemble import combined
 from influence.errors import OptionError, StoreError
 from influence.loading import DEFAULT_BATCH, load_for
@@ -41,6 +43,8 @@ def attribute(
     lora: str | os.PathLike[str] | None = None,
     base: str | os.PathLike[str] | None = None,
     half: str | os.PathLike[str] | None = None,
+    dataset: str | os.PathLike[str] | None = None,
+    controls: str | os.PathLike[str] | None = None,
     engine: str = "auto",
     batch_size: int = DEFAULT_BATCH,
     memory: str | None = None,
@@ -66,6 +70,8 @@ def attribute(
         lora: Where the LoRA is now.
         base: The pipeline that the fine-tune started from, if it was not named at build; a LoRA's is known.
         half: Where the model of half the length is now, if it was moved.
+        dataset: Where the data set is now; its pictures are needed for a method that was not asked for before.
+        controls: Where the controls are now; theirs are needed at the first query.
         engine: As for `build`.
         batch_size: As for `build`.
         memory: As for `build`; of gradients, not of the solve.
@@ -84,12 +90,10 @@ def attribute(
     Raises:
         InfluenceError: An input cannot be used, or the model is not the one of the store.
     """
-    if k is not None and k < 1:
-        raise OptionError(f"k is {k}; expected at least 1, or all")
     return score(
         images, store, k=k, method=method, damping=damping, draws=draws, prompt=prompt, intervals=intervals,
-        model=model, lora=lora, base=base, half=half, engine=engine, batch_size=batch_size, memory=memory,
-        device=device, progress=progress, message=message,
+        model=model, lora=lora, base=base, half=half, dataset=dataset, controls=controls, engine=engine,
+        batch_size=batch_size, memory=memory, device=device, progress=progress, message=message,
     ).table  # fmt: skip
 
 
@@ -122,11 +126,10 @@ def score(
     """
     given = listed(store)
     where = {"intervals": intervals, "model": model, "lora": lora}
+    if k is not None and k < 1:
+        raise OptionError(f"k is {k}; expected at least 1, or all")
     if len(given) == 1:
         return score_one(images, given[0], k=k, **where, **options)
-    paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
-    if len({str(path) for path in paths}) < len(paths):
-        raise OptionError("a picture is given twice; give it once, or ask one store")
     if not (model is lora is options.get("half") is None):
         raise OptionError("with several stores there are several models; put them where they were, or ask one store")
     return combined([score_one(images, one, k=None, **where, **options) for one in given], k)
@@ -152,6 +155,8 @@ def score_one(
     device: str,
     progress: Progress,
     message: Message,
+    dataset: str | os.PathLike[str] | None = None,
+    controls: str | os.PathLike[str] | None = None,
     clusters: Mapping[str, str] | None = None,
     path: bool = False,
     solo: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
@@ -165,6 +170,10 @@ def score_one(
     Raises:
         InfluenceError: As for `attribute`.
     """
+    paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
+    _require_names(paths)
+    if damping is not None and not 0 < damping < math.inf:
+        raise OptionError(f"damping is {damping}; expected a number above 0")
     made = store if isinstance(store, Store) else stores.open_store(store)
     made.refresh()
     if made.excluded:
@@ -185,14 +194,13 @@ def score_one(
             "another store with --base DIR"
         )
     require_complete(made)
-    paths = [images] if isinstance(images, (str, os.PathLike)) else list(images)
     prompts = _prompts(made, prompt, len(paths))
     loaded, options = load_for(
         made, model=model, lora=lora, draws=draws, engine=engine, batch_size=batch_size, memory=memory, device=device,
         message=message,
     )  # fmt: skip
-    controls = made.controls()
-    if controls is not None and controls.missing("loss"):
+    strangers = made.controls()
+    if strangers is not None and strangers.missing("loss"):
         raise StoreError(f"the controls of store {made.path.name} are not complete; run the same build again")
     moved = {"model": model if made.source["lora"] else None, "lora": lora}
     before = load_base(made.source, loaded.denoiser, base, loaded.device, **moved)
@@ -206,15 +214,17 @@ def score_one(
         family: model_of(family, made.source, loaded, before=before, half=half, model=model, lora=lora)
         for family in sorted(families)
     }
-    needed = [(part, chosen.family, loaded) for part in (made, controls)]
+    needed = [(part, chosen.family, loaded) for part in (made, strangers)]
     for family, of in points.items():
-        needed += [(part, family, of) for part in (made, controls if family in chosen.elsewhere else None)]
+        needed += [(part, family, of) for part in (made, strangers if family in chosen.elsewhere else None)]
     for part, family, of in needed:
         if part is not None and part.missing(family):
             message(f"taking the gradients of {len(part.items)} images {FAMILIES[family]} once, kept in the store")
-            data = read(part.source["dataset"], of.denoiser, part.source["creator_column"], progress, silent)
+            folder = part.pictures(dataset if part is made else controls)
+            data = read(folder, of.denoiser, part.source["creator_column"], progress, silent)
             run_shards(part, family, of, options, data, 1, progress, message)
-    asked = read_queries(loaded, chosen.family, paths, prompts, progress, message, before, points)
+    captions = () if strangers is None else strangers.items["caption"].dropna().unique().tolist()
+    asked = read_queries(loaded, chosen.family, paths, prompts, progress, message, before, points, captions)
     groups = scanning.groups_of(made, chosen.family)
     num_train = float(groups.files.sum())
     factored = derived.solver(made, chosen, damping) if chosen.curvature else None
@@ -225,8 +235,8 @@ def score_one(
     if clusters is not None:
         groups = scoring.shared(groups, clusters)
 
-    def preconditioned(method: scoring.Method) -> tuple[torch.Tensor, torch.Tensor]:
-        return scanning.preconditioned(method, asked.read_by(method), factored, num_train, intervals)
+    def preconditioned(method: scoring.Method, by: Curvature | None) -> tuple[torch.Tensor, torch.Tensor]:
+        return scanning.preconditioned(method, asked.read_by(method), by, num_train, intervals)
 
     def scan(
         method: scoring.Method, v: torch.Tensor, parts: torch.Tensor, k: int | None, h: np.ndarray, to: Controls | None
@@ -236,19 +246,21 @@ def score_one(
             table, creators = scanning.with_errors(made, method, v, parts, groups, h, table, creators)
         return table, creators
 
-    v, parts = preconditioned(chosen)
+    v, parts = preconditioned(chosen, factored)
     compared = None
-    if controls is not None:
-        theirs = scanning.groups_of(controls, chosen.family)
-        alone = derived.own_influence(made, controls, chosen, damping, factored, theirs, num_train)
-        compared = scanning.control_scores(controls, chosen, v, asked, theirs, alone)
+    if strangers is not None:
+        theirs = scanning.groups_of(strangers, chosen.family)
+        alone = derived.own_influence(made, strangers, chosen, damping, factored, theirs, num_train)
+        compared = scanning.control_scores(strangers, chosen, v, asked, theirs, alone)
     table, creators = scan(chosen, v, parts, k, h, compared)
     whole = gain_alone = None
     if path and along and asked.loss_base is not None:
         as_it_is = np.zeros(len(h))  # a Shapley value is no removal at the end: nothing to correct
+        of_way = METHODS["path"]
+        by = factored if of_way.steps == chosen.steps else derived.solver(made, of_way, damping)
         (_, end), (_, way) = (
             scan(method, *rows, 1, as_it_is, None)
-            for method, rows in ((chosen, (v, parts)), (METHODS["path"], preconditioned(METHODS["path"])))
+            for method, rows in ((chosen, (v, parts)), (of_way, preconditioned(of_way, by)))
         )
         if solo is not None:
             under = losses_alone(made, loaded, solo, creators.names, asked, progress, model=moved["model"])
@@ -278,8 +290,26 @@ def score_one(
         "creators": creator_rows(asked.paths, creators, compared),
         "queries": query_rows(asked),
     }
-    losses = None if controls is None else control_losses(controls, loaded, before, progress, message)
+    losses = None if strangers is None else control_losses(strangers, loaded, before, controls, progress, message)
     return Scored(made, loaded, asked, table, creators, compared, losses, whole, gain_alone)
+
+
+def _require_names(paths: Sequence[str | os.PathLike[str]]) -> None:
+    """Raise unless each picture has a name of its own that a table can hold."""
+    names = [str(path) for path in paths]
+    if len(set(names)) < len(names):
+        raise OptionError("a picture is given twice; give it once (check and export count it by its usage)")
+    for name in names:
+        if not _is_unicode(name):
+            raise OptionError(f"the name of {name!a} is not UTF-8, and no table could hold it; rename the file")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _prompts(made: Store, prompt: str | Sequence[str] | None, count: int) -> list[str | None]:
@@ -294,6 +324,9 @@ def _prompts(made: Store, prompt: str | Sequence[str] | None, count: int) -> lis
     prompts = [prompt] * count if prompt is None or isinstance(prompt, str) else list(prompt)
     if len(prompts) != count:
         raise OptionError(f"there are {len(prompts)} prompts for {count} pictures; pass one, or one for each")
+    for text in prompts:
+        if text is not None and not _is_unicode(text):
+            raise OptionError(f"the prompt {text!a} is not UTF-8; pass it in that encoding")
     return prompts
 
 
@@ -304,6 +337,8 @@ def require_complete(made: Store) -> None:
         StoreError: Some are.
     """
     missing, there = made.missing("loss"), len(made.records("loss"))
+    if not len(made.items):
+        raise StoreError(f"all images of store {made.path.name} are excluded: there is nothing to ask")
     if missing:
         raise StoreError(
             f"store {made.path.name} has {there} of {there + len(missing)} shards; "

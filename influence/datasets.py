@@ -136,11 +136,20 @@ def decode(path: str | Path) -> tuple[Image.Image, list[str]]:
 
 def item_id(image: Image.Image, caption: str | None) -> str:
     """Identity of a training example: 32 hex digits that depend on its pixels and caption, and on nothing else."""
+    return item_ids(image, [caption])[0]
+
+
+def item_ids(image: Image.Image, captions: Iterable[str | None]) -> list[str]:
+    """`item_id` of one picture with each of several captions: its pixels are hashed once."""
     hasher = hashlib.sha256(f"influence.item.1 {image.width}x{image.height};".encode())
     hasher.update((image if image.mode == "RGB" else image.convert("RGB")).tobytes())
-    # The size fixes the number of pixel bytes, so one byte suffices to tell no caption from a blank one.
-    hasher.update(b"\0" if caption is None else b"\1" + caption.encode("utf-8", "surrogatepass"))
-    return hasher.hexdigest()[:32]
+    found = []
+    for caption in captions:
+        # The size fixes the number of pixel bytes, so one byte suffices to tell no caption from a blank one.
+        of_both = hasher.copy()
+        of_both.update(b"\0" if caption is None else b"\1" + caption.encode("utf-8", "surrogatepass"))
+        found.append(of_both.hexdigest()[:32])
+    return found
 
 
 def to_array(

@@ -62,7 +62,7 @@ def doctor(
     loaded, _ = loading.load_for(
         store, model=None, lora=None, draws=draws, engine="auto", batch_size=64, device=device, message=message
     )
-    data = pipeline.read(store.source["dataset"], loaded.denoiser, store.source["creator_column"], silent, silent)
+    data = pipeline.read(store.pictures(), loaded.denoiser, store.source["creator_column"], silent, silent)
     items = {item.item_id: item for item in data.items}
     ids, phi = _stored(store)
     order = _there(store, ids, items, message)

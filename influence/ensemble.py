@@ -14,7 +14,7 @@ from scipy import stats
 
 from influence import significance
 from influence.errors import OptionError
-from influence.queries import ControlLosses
+from influence.queries import ControlLosses, Queries
 from influence.scored import COLUMNS, Controls, Creators, Scored, creator_rows, query_rows
 
 _FILE = ["query", "item_id", "file_name"]
@@ -58,6 +58,7 @@ def combined(parts: Sequence[Scored], k: int | None) -> Scored:
         .reset_index()
     )
     controls = _controls(parts)
+    models = [(part.creators, part.controls) for part in parts]
     table = _tested(table, first, controls)
     lowest = table.groupby("query")["q_value"].min()[first.queries.paths].to_numpy(float)
     creators = replace(_creators([part.creators for part in parts]), lowest_q=lowest)
@@ -67,18 +68,20 @@ def combined(parts: Sequence[Scored], k: int | None) -> Scored:
         loss_base=_mean_or_none([part.queries.loss_base for part in parts]),
         gain=_mean_or_none([part.queries.gain for part in parts]),
         bits=_mean_or_none([part.queries.bits for part in parts]),
+        models=len(parts),
+        between=_between([part.queries for part in parts]),
     )
     table = _ranked(table, first.queries.paths, k)[COLUMNS]
     table.attrs = first.table.attrs | {
         "damping": _mean_or_none([part.table.attrs["damping"] for part in parts]),
         "models": len(parts),
-        "creators": creator_rows(queries.paths, creators, controls),
+        "creators": creator_rows(queries.paths, creators, controls, models),
         "queries": query_rows(queries),
     }
     ways = [part.whole for part in parts if part.whole is not None]
     whole = _creators(ways) if len(ways) == len(parts) else None
     alone = _mean_or_none([part.alone for part in parts])
-    return Scored(first.store, first.loaded, queries, table, creators, controls, _losses(parts), whole, alone)
+    return Scored(first.store, first.loaded, queries, table, creators, controls, _losses(parts), whole, alone, models)
 
 
 def _require_several(parts: Sequence[Scored]) -> None:
@@ -143,7 +146,7 @@ def _controls(parts: Sequence[Scored]) -> Controls | None:
 
 
 def _creators(parts: Sequence[Creators]) -> Creators:
-    """Mean totals; what they vary by over models joins the variance of the training images' draws."""
+    """Mean totals, and what they vary by over models."""
     totals = np.stack([part.totals for part in parts])
     works = [part.works for part in parts if part.works is not None]
     return replace(
@@ -152,9 +155,19 @@ def _creators(parts: Sequence[Creators]) -> Creators:
         squares=np.mean([part.squares for part in parts], axis=0),
         magnitude=np.mean([part.magnitude for part in parts], axis=0),
         by_batch=np.mean([part.by_batch for part in parts], axis=0),
-        train_variance=np.mean([part.train_variance for part in parts], axis=0) + totals.var(0, ddof=1) / len(parts),
+        train_variance=np.mean([part.train_variance for part in parts], axis=0),
         works=np.mean(works, axis=0) if works else None,
+        models=len(parts),
+        between=totals.var(0, ddof=1) / len(parts),
     )
+
+
+def _between(parts: Sequence[Queries]) -> np.ndarray | None:
+    """Variance of the mean gain, and of that in bits, from training again; `None` if no base is known."""
+    gains = [[of.mean(1) for of in (part.gain, part.bits) if of is not None] for part in parts]
+    if not all(len(each) == 2 for each in gains):
+        return None
+    return np.stack(gains).var(0, ddof=1).T / len(parts)
 
 
 def _tested(table: pd.DataFrame, first: Scored, controls: Controls | None) -> pd.DataFrame:

@@ -6,7 +6,8 @@ folder, and says how well the scores foretold what was measured.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,39 @@ def kept_shapley(folder: str | os.PathLike[str]) -> tuple[list[str], dict[str, F
             )
         values[coalition] = -np.stack(found["loss"].tolist()).mean(0)
     return ids, metrics.shapley(values)
+
+
+def require_truth_of(
+    folder: str | os.PathLike[str], works: Iterable[tuple[str, str]], base: str | None, store: str
+) -> None:
+    """Refuse a truth of another fine-tune than a store's.
+
+    Args:
+        folder: The truth.
+        works: Id and creator of each file of the store that is not excluded.
+        base: Hash of the model that its fine-tune started from, if it is known.
+        store: Its name.
+
+    Raises:
+        OptionError: There is no truth, or it is of other works, or of another base.
+    """
+    facts = retraining.read_json(Path(folder) / "truth.json")
+    try:
+        there = Counter((str(item["item_id"]), str(item["creator"])) for item in facts["items"])
+    except (KeyError, TypeError):
+        raise OptionError(f"there is no truth in {folder}; make one with influence evaluate shapley") from None
+    here = Counter(works)
+    if here != there:
+        count = max((here - there).total(), (there - here).total())
+        raise OptionError(
+            f"the truth in {folder} is not of the works of store {store}: {count} differ, or their creators; its exact "
+            "values say nothing of this fine-tune; leave out --truth, or make one of these works"
+        )
+    if base is not None and facts.get("base") != base:
+        raise OptionError(
+            f"the truth in {folder} was retrained from another base than the fine-tune of store {store}; leave out "
+            "--truth, or make one from its base"
+        )
 
 
 def coalition_name(owners: frozenset[str]) -> str:

@@ -21,8 +21,8 @@ from influence.pipeline import LIBRARIES
 from influence.progress import Message, Progress, silent
 from influence.royalties import ESTIMATORS
 
-_OPTIONS = ("k", "method", "damping", "draws", "prompt", "usage", "pool", "currency", "embedding", "dataset", "model",
-            "lora", "base", "half", "solo")  # fmt: skip
+_OPTIONS = ("k", "method", "damping", "draws", "prompt", "usage", "pool", "currency", "embedding", "dataset",
+            "controls", "model", "lora", "base", "half", "solo")  # fmt: skip
 _KINDS = {"k": (int,), "draws": (int,), "batch_size": (int,), "damping": (int, float), "pool": (str, int, float),
           "prompt": (str, list), "usage": (list,), "solo": (str, list)}  # fmt: skip
 _COMPUTE = ("engine", "batch_size", "device")  # as they were chosen: they change the last bits of a number
@@ -146,8 +146,11 @@ def replay(
     """
     record = _record(Path(run))
     for file, digest in record.images.items():
-        if not Path(file).is_file() or _sha256(Path(file)) != digest:
-            raise OptionError(f"{file} is not the picture that was exported; put it back where it was")
+        if not Path(file).is_file():
+            where = "" if Path(file).is_absolute() else ", and run replay in the folder that export ran in"
+            raise OptionError(f"{file} is not there; put the picture that was exported back where it was{where}")
+        if _sha256(Path(file)) != digest:
+            raise OptionError(f"{file} is another picture than was exported; put that one back where it was")
     features, written = record.features, record.tables
     folders = changes.pop("store", None) or record.stores
     folders = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
@@ -191,7 +194,7 @@ def _record(path: Path) -> _Record:
             options=dict(read["options"]),
             tables={str(name): str(digest) for name, digest in read["tables"].items()},
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise OptionError(f"{path} is no run.json of an export: {type(error).__name__}") from None
     for name, value in record.options.items():
         if name not in _OPTIONS and name not in _COMPUTE:
@@ -238,7 +241,8 @@ def _readme(made: Answers, form: str, models: int) -> str:
         lines.append(f"- `{name}.{form}`: {schema.title.lower()}; {len(getattr(made, name))} rows")
     lines += [
         "", "`datapackage.json` says what every column is and in which unit; empty is missing. `run.json` has all that",
-        "is needed to make the tables again: `influence replay run.json -o again`.", "", "## Estimators", "",
+        "is needed to make the tables again, in the folder that export ran in: `influence replay .../run.json -o",
+        "again`.", "", "## Estimators", "",
         *(f"- `{name}`: {found.formula}" + ("" if found.attribution else " (a baseline, not attribution)")
           for name, found in ESTIMATORS.items()), "",
     ]  # fmt: skip

@@ -116,8 +116,7 @@ def extract(
     )  # fmt: skip
     table = _described(found, wanted, seed)
     commit.write_atomic(folder / TABLE_FILE, csv_bytes(table))
-    root = Path(made.source["dataset"] if dataset is None else dataset)
-    commit.write_atomic(folder / SHEET_FILE, _sheet(table, folder, root))
+    commit.write_atomic(folder / SHEET_FILE, _sheet(table, folder, made.pictures(dataset)))
     return table
 
 

@@ -71,8 +71,8 @@ def network(options: BuildOptions) -> Denoiser:
         ("draws", options.draws, 1),
         ("batch-size", options.batch_size, 1),
     ):
-        if value is not None and value < least:
-            raise OptionError(f"{name} is {value}; expected at least {least}")
+        if value is not None and not least <= value <= _MOST:
+            raise OptionError(f"{name} is {value}; expected {least} to {_MOST}")
     if options.projection not in PROJECTIONS:
         raise OptionError(f"projection {options.projection!r} is unknown; expected one of {', '.join(PROJECTIONS)}")
     if options.dtype not in ("fp32", "bf16"):
@@ -86,6 +86,7 @@ def network(options: BuildOptions) -> Denoiser:
     )
 
 
+_MOST = 1 << 30
 DIMS = (32768, 16384, 8192)
 _FEATURE_BYTES = 4 << 30
 

@@ -72,7 +72,8 @@ def near_copies(
     Returns:
         One row for each picture and metric: query, metric, item_id, file_name and creator of the nearest training
         picture, similarity (−1 … 1), threshold (99.9 % of the training set's own pairs are below), ratio, ratio_limit
-        (what the ratio must be below), near_copy. Excluded pictures are left out.
+        (what the ratio must be below), near_copy. Without two different training pictures there is no background, and
+        near duplicates alone are near copies. Excluded pictures are left out.
 
     Raises:
         InfluenceError: A picture, an embedding or the data set cannot be used, or is not that of the store.
@@ -109,14 +110,16 @@ def near_copies(
         null = similarity.background(compare(trained[sample], trained), same)
         if null.pairs < _FEW:
             message(f"the background of near copies ({metric}) is of {null.pairs} pairs only; {_FEW} make a quantile")
-        for name, values in zip(names, compare(asked, trained), strict=True):
+        alike = None if null.pairs else similarity.duplicates(pixels(names, shape), works)  # with nothing to compare to
+        for number, (name, values) in enumerate(zip(names, compare(asked, trained), strict=True)):
             index = int(values.argmax())
             if index not in copies:
                 copies[index] = similarity.duplicates(works[[index]], works)[0]
                 copies[index][index] = True
             found = similarity.nearest(values, copies[index], null)
             item = items[found.index]
-            facts = (found.similarity, null.threshold, found.ratio, null.ratio_limit, found.near_copy)
+            near = found.near_copy if alike is None else bool(alike[number, found.index])
+            facts = (found.similarity, null.threshold, found.ratio, null.ratio_limit, near)
             table.append((str(name), metric, item.item_id, item.file_name, item.creator, *facts))
     return pd.DataFrame(table, columns=COLUMNS)
 
@@ -163,9 +166,7 @@ def training_items(made: Store, dataset: Name | None, progress: Progress = silen
         StoreError: The data set lacks pictures of the store.
         DatasetError: It cannot be read.
     """
-    root = Path(made.source["dataset"] if dataset is None else dataset)
-    if not root.is_dir():
-        raise StoreError(f"the data set of the store was at {root} and is not there; say where with --dataset DIR")
+    root = made.pictures(dataset)
     reading = functools.partial(progress, "reading pictures")
     data = datasets.read_dataset(root, creator_column=made.source["creator_column"], progress=reading)
     wanted = set(made.items["item_id"])

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from influence.scoring import Method
 from influence.solo import read_solos, require_same
 from influence.store import Store
 from influence.taking import decode, encoded, take_arrays
-from influence.waypoints import load_alone
+from influence.waypoints import base_identity, load_alone
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Queries:
     prompts: list[str | None]
     item_ids: list[str]
     """Hash of pixels and prompt, as for training images."""
+    same: list[frozenset[str]]
+    """Ids that the picture has with its prompt, without, and with each caption of the controls."""
     phi: Float32[np.ndarray, "queries k"]
     phi_batch: Float32[np.ndarray, "queries batches k"]
     loss: Float32[np.ndarray, "queries parts"]
@@ -41,6 +43,9 @@ class Queries:
     """What the fine-tune took off the loss, draw by draw; `None` if the base is not known."""
     bits: Float64[np.ndarray, "queries draws"] | None = None
     """The same in bits per dimension of the evidence bound."""
+    models: int = 1
+    between: Float64[np.ndarray, "queries 2"] | None = None
+    """Variance of the means of `gain` and `bits` from training again, where they are those of several models."""
     beside: Mapping[str, tuple[Float32[np.ndarray, "queries k"], Float32[np.ndarray, "queries batches k"]]] = field(
         default_factory=dict
     )
@@ -68,6 +73,7 @@ def read_queries(
     message: Message,
     base: Denoiser | None = None,
     beside: Mapping[str, Loaded] | None = None,
+    captions: Collection[str | None] = (),
 ) -> Queries:
     """Take the features of pictures, from draws of their own.
 
@@ -80,6 +86,7 @@ def read_queries(
         message: Called with remarks on pictures.
         base: The model before the fine-tune.
         beside: Models on the way of the fine-tune to take features under as well, by family.
+        captions: Of the controls: which of them show one of the pictures is told by its pixels.
 
     Raises:
         DatasetError: A picture cannot be read.
@@ -87,7 +94,7 @@ def read_queries(
     """
     channels, height, width = loaded.denoiser.image_size
     recipe = replace(loaded.recipe, role="query", output=family, curvature_rate=0.0)
-    ids, taken, losses, losses_base, gains, bits = [], [], [], [], [], []
+    ids, same, taken, losses, losses_base, gains, bits = [], [], [], [], [], [], []
     taken_beside: dict[str, list[Features]] = {family: [] for family in beside or {}}
     of_base = None if base is None else replace(recipe, parameters=base.parameters)
     for done, (path, prompt) in enumerate(zip(paths, prompts, strict=True)):
@@ -97,6 +104,7 @@ def read_queries(
             message(f"{Path(path).name}: {note}")
         pixels = datasets.to_array(image, height=height, width=width, channels=channels)
         ids.append(datasets.item_id(image, prompt))
+        same.append(frozenset(datasets.item_ids(image, {prompt, None, *captions})))
         found = take_arrays(loaded.denoiser, recipe, ids[-1:], [pixels], [prompt])
         if not np.isfinite(found.phi).all():
             raise GradientError(f"{path}: its loss or gradient is not finite under this model")
@@ -120,6 +128,7 @@ def read_queries(
         paths=[str(path) for path in paths],
         prompts=list(prompts),
         item_ids=ids,
+        same=same,
         phi=np.concatenate([found.phi for found in taken]),
         phi_batch=np.concatenate([found.phi_batch for found in taken]),
         loss=np.stack(losses),
@@ -160,7 +169,7 @@ def losses_alone(
         OptionError: A folder is of other works, or of another fine-tune.
     """
     trainings = read_solos(folders)
-    base = loaded.denoiser.identity["model"] if made.source["lora"] is not None else made.source["base_model"]
+    base = base_identity(made.source, loaded.denoiser)
     for alone in trainings:
         require_same(alone, base, made.items["creator"], made.items["item_id"])
     places = [{one.creator: one.path for one in alone} for alone in trainings]
@@ -197,9 +206,16 @@ class ControlLosses:
 
 
 def control_losses(
-    controls: Store, loaded: Loaded, base: Denoiser | None, progress: Progress, message: Message
+    controls: Store,
+    loaded: Loaded,
+    base: Denoiser | None,
+    pictures: str | os.PathLike[str] | None,
+    progress: Progress,
+    message: Message,
 ) -> ControlLosses:
     """Losses of the controls under both models, on the draws that their features have; those of the base once.
+
+    `pictures` is where the controls are now, if they were moved.
 
     Raises:
         DatasetError: The controls' pictures are needed and not there any more.
@@ -215,12 +231,13 @@ def control_losses(
     if kept is not None:
         return ControlLosses(ids, finetuned, kept["loss"])
     message(f"taking the losses of {len(ids)} controls under the base once, kept in the store")
-    data = datasets.read_dataset(Path(controls.source["dataset"]), creator_column=controls.source["creator_column"])
+    folder = controls.pictures(pictures)
+    data = datasets.read_dataset(folder, creator_column=controls.source["creator_column"])
     there = {item.item_id: item for item in data.items}
     absent = [item_id for item_id in ids if item_id not in there]
     if absent:
         raise DatasetError(
-            f"{controls.source['dataset']} lacks {len(absent)} of the {len(ids)} controls, {absent[0]} first; "
+            f"{folder} lacks {len(absent)} of the {len(ids)} controls, {absent[0]} first; "
             "put them back: their losses under the base are needed once"
         )
     recipe = replace(loaded.recipe, num_draws=controls.build["draws"], curvature_rate=0.0)

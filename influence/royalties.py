@@ -15,6 +15,7 @@ from fractions import Fraction
 
 import numpy as np
 from jaxtyping import Float
+from scipy import stats
 
 from influence import keys, significance
 from influence.errors import OptionError
@@ -173,6 +174,8 @@ def resampled(
     squares: Float[np.ndarray, " creators"],
     by_batch: Float[np.ndarray, "batches creators"],
     train_variance: Float[np.ndarray, " creators"],
+    between: Float[np.ndarray, " creators"] | None = None,
+    models: int = 1,
     repeats: int = REPEATS,
 ) -> Float[np.ndarray, "repeats creators"]:
     """Totals as they could have come out: other draws of the query and of training images, other works of a creator.
@@ -180,6 +183,8 @@ def resampled(
     Batches of the query's draws are drawn again with replacement, the same for all creators, and their deviations
     widened by √(b/(b−1)). A sum over many works is close to normal: the draws of the training images, and n works drawn
     again from a creator's own, are normal deviates of the variances measured, in place of a resampling of all works.
+    What training again changes is known from a few models, and its deviates are Student's t, of `models` less one
+    degrees of freedom.
     """
     batches = len(by_batch)
     moved = np.zeros((repeats, len(totals)))
@@ -188,7 +193,11 @@ def resampled(
         moved = (by_batch - by_batch.mean(0))[drawn].mean(1) * (batches / (batches - 1)) ** 0.5
     works = images / np.maximum(images - 1, 1) * np.maximum(squares - totals**2 / images, 0)
     deviates = keys.normal(("works and draws", *key), (repeats, len(totals))).astype(float)
-    return totals + moved + deviates * np.sqrt(train_variance + works)
+    found = totals + moved + deviates * np.sqrt(train_variance + works)
+    if between is None:
+        return found
+    normal = keys.normal(("models", *key), (repeats, len(totals))).astype(float)
+    return found + stats.t.ppf(stats.norm.cdf(normal), models - 1) * np.sqrt(between)
 
 
 # Money ----------------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def blocks(made: Store, method: Method, batches: bool = False) -> Iterator[Featu
 def control_scores(
     controls: Store, method: Method, v: torch.Tensor, asked: Queries, groups: Groups, own: np.ndarray
 ) -> Controls:
-    """Score the controls as if they were training images; the query itself is none of its own controls.
+    """Score the controls as if they were training images; a query is none of its own, whatever the caption there.
 
     `own` is τ(i, i) of each in the order of `groups.ids`, as `derived.own_influence` gives it.
     """
@@ -75,7 +75,8 @@ def control_scores(
         ids += names
         parts.append(tau)
     tau = np.concatenate(parts, axis=1) if parts else np.empty((len(v), 0))
-    tau[np.asarray(asked.item_ids)[:, None] == np.asarray(ids, dtype=object)[None]] = np.nan
+    for row, same in zip(tau, asked.same, strict=True):
+        row[[item_id in same for item_id in ids]] = np.nan
     creators = controls.items.drop_duplicates("item_id").set_index("item_id")["creator"]
     relative = scoring.relative(tau, own[groups.places(ids)])
     return Controls(ids, [str(creators[item_id]) for item_id in ids], tau, relative)

@@ -64,18 +64,26 @@ class Creators:
     """Mean score of each work; `None` without controls, whom it is compared with."""
     parts: sparse.csr_array
     """`[works, creators]`: a total is Σ parts · works."""
+    models: int = 1
+    between: Float64[np.ndarray, "query creators"] | None = None
+    """Variance of the totals from training again: that of `models` models' own totals, divided by their number."""
 
     def nulls(self, query: int, controls: Controls | None) -> list[np.ndarray]:
         """What each creator's total would be by chance; none without controls."""
         if controls is None or self.works is None:
             return []
         strangers, columns = controls.of(query), self.parts.tocsc()
+        if not len(strangers):
+            return []
         found = []
         for g in range(len(self.names)):
             mine = slice(columns.indptr[g], columns.indptr[g + 1])
             works, parts = self.works[query, columns.indices[mine]], columns.data[mine].astype(float)
             found.append(significance.null_among(works, parts, strangers, len(self.names)))
         return found
+
+
+Models = Sequence[tuple[Creators, Controls | None]]
 
 
 @dataclass(frozen=True)
@@ -94,28 +102,37 @@ class Scored:
     """Totals of the whole way from the base to the fine-tune, if they were wanted and the base is known."""
     alone: Float[np.ndarray, "query creators"] | None = None
     """What a fine-tune on the works of each creator alone took off the loss, if there are such fine-tunes."""
+    models: Models = ()
+    """Totals and controls of each model, if this is the mean of several."""
 
 
-def styles(creators: Creators, controls: Controls | None, query: int) -> pd.DataFrame:
+def styles(creators: Creators, controls: Controls | None, query: int, models: Models = ()) -> pd.DataFrame:
     """Trained works of each creator against works of the same creator that were held out, by mean score_adj.
 
     If held-out works score as high, a style that is recognised does not show that these works contributed.
+
+    Args:
+        creators: Totals, of one model or means over several.
+        controls: Scores of the controls, likewise.
+        query: Which query.
+        models: If there are several, those of each: what gaps vary by over models is counted.
 
     Returns:
         Columns creator, n_trained, n_heldout, mean_trained, mean_heldout, gap with its 95 % interval and two-sided
         p-value (Welch, 1947); creators of whom there are two of each at least.
     """
     rows = []
-    held_by = np.array([] if controls is None else controls.creators, dtype=object)
     for g, name in enumerate(creators.names):
-        values = np.empty(0) if controls is None else controls.scores[query][held_by == name]
-        values, n = values[~np.isnan(values)], float(creators.images[g])
+        values, n = _held_out(controls, query, name), float(creators.images[g])
         if len(values) < 2 or n < 2:
             continue
         mean = creators.totals[query, g] / n
         variance = max(creators.squares[query, g] - n * mean**2, 0.0) / (n - 1)
         errors = significance.difference(variance, n, float(values.var(ddof=1)), float(len(values)))
         gap = np.array([mean - values.mean()])
+        if models:
+            each = [of.totals[query, g] / n - _held_out(held, query, name).mean() for of, held in models]
+            errors = significance.with_training(errors, np.var([each], axis=1, ddof=1) / len(models), len(models))
         (low,), (high,) = errors.interval(gap)
         p = significance.two_sided(float(gap[0]), float(errors.se[0]), float(errors.dof[0]))
         rows.append((name, n, len(values), mean, values.mean(), gap[0], low, high, p))
@@ -133,16 +150,26 @@ def styles(creators: Creators, controls: Controls | None, query: int) -> pd.Data
     return pd.DataFrame(rows, columns=columns)
 
 
+def _held_out(controls: Controls | None, query: int, creator: str) -> Float[np.ndarray, " works"]:
+    """Scores of a creator's works that were not trained on, without the query itself."""
+    if controls is None:
+        return np.empty(0)
+    values = controls.scores[query][np.array(controls.creators, dtype=object) == creator]
+    return values[~np.isnan(values)]
+
+
 # What a person reads ------------------------------------------------------------------------------------------------
 
 
-def creator_rows(queries: Sequence[str], creators: Creators, controls: Controls | None) -> list[dict[str, Any]]:
+def creator_rows(
+    queries: Sequence[str], creators: Creators, controls: Controls | None, models: Models = ()
+) -> list[dict[str, Any]]:
     """Totals of the creators of each query, highest first, with p and q of changing places with controls."""
     rows = []
     for q, query in enumerate(queries):
         p = significance.group_p_values(creators.totals[q], creators.nulls(q, controls))
         fdr = significance.false_discovery_rates(p)
-        gaps = styles(creators, controls, q).set_index("creator")
+        gaps = styles(creators, controls, q, models).set_index("creator")
         for g in np.lexsort((creators.names, -creators.totals[q])):
             rows.append({
                 "query": query,
@@ -175,6 +202,8 @@ def query_rows(asked: Queries) -> list[dict[str, Any]]:
             row["gain_bits"] = float(bits.mean())
             if len(gain) % 2 == 0 and len(gain) > 2:
                 errors = significance.stratified_errors(np.stack([gain, bits], axis=1))
+                if asked.between is not None:
+                    errors = significance.with_training(errors, asked.between[q], asked.models)
                 se, dof = float(errors.se[0]), float(errors.dof[0])
                 row |= {"gain_se": se, "gain_p": significance.above_zero(float(gain.mean()), se, dof)}
                 row["gain_bits_se"] = float(errors.se[1])

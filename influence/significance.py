@@ -178,6 +178,26 @@ def stratified_errors(draws: Float[np.ndarray, "draws *shape"]) -> Errors:
     return Errors(np.sqrt(variance), np.full(variance.shape, max(2 * (count - 1) / 3, 1.0)))
 
 
+def with_training(found: Errors, between: Float[np.ndarray, "*shape"], models: int) -> Errors:
+    """Errors of a mean over models that vary by training as well.
+
+    With two or three models degrees of freedom as Satterthwaite (1946) has them give intervals that are too short. Here
+    they are those with which the interval has t² se² = t₁² draws + t₂² between, the quantiles of either part: no
+    shorter than it should be, as in the test of Cochran & Cox (1950), and as intervals of scores are.
+
+    Args:
+        found: Errors of the draws, which are the same for all models.
+        between: Variance over models, divided by their number.
+        models: Their number, 2 or more.
+    """
+    draws, tail = found.se**2, (1 + LEVEL) / 2
+    total = draws + between
+    squared = stats.t.ppf(tail, found.dof) ** 2 * draws + stats.t.ppf(tail, models - 1) ** 2 * between
+    known = np.geomspace(1, 1e6, 2000)
+    quantile = np.sqrt(np.divide(squared, total, out=np.zeros_like(total), where=total > 0))
+    return Errors(np.sqrt(total), np.interp(-quantile, -stats.t.ppf(tail, known), known))
+
+
 def difference(variance: float, n: float, other_variance: float, other_n: float) -> Errors:
     """Standard error of a difference of two means, with the degrees of freedom of Welch (1947)."""
     a, b = variance / n, other_variance / other_n

@@ -171,7 +171,8 @@ def require_same(alone: Sequence[Alone], base: str | None, creators: Iterable[st
     if differ:
         raise OptionError(
             f"the fine-tunes of creators alone are not of the works of this store: those of {differ[0]!r} and of "
-            f"{len(differ) - 1} more differ; run influence solo on its data set, to another folder"
+            f"{len(differ) - 1} more differ; run influence solo on its data set, without what is excluded from the "
+            "store, to another folder"
         )
 
 

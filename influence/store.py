@@ -162,6 +162,7 @@ class Store:
         self._members = tables.members(table)
         self._trusted: dict[tuple[Any, ...], shards.Inside] = {}
         self._records: dict[tuple[Any, ...], Record] = {}
+        self._inside = False
         self.refresh()
 
     def refresh(self) -> None:
@@ -190,8 +191,21 @@ class Store:
         if not os.path.lexists(self.path / CONTROLS / "store.json"):
             return None
         found = open_store(self.path / CONTROLS)
+        found._inside = True
         found._leave_out(self.exclusions)
         return found
+
+    def pictures(self, now: str | os.PathLike[str] | None = None) -> Path:
+        """The folder of the data set: where it is `now`, or else where it was when the store was built.
+
+        Raises:
+            StoreError: It is not there.
+        """
+        folder = Path(self.source["dataset"] if now is None else now)
+        if folder.is_dir():
+            return folder
+        what, option = ("controls", "--controls") if self._inside else ("data set", "--dataset")
+        raise StoreError(f"the {what} of the store: {folder} is not there; say where with {option} DIR")
 
     # Images and shards ----------------------------------------------------------------------------------------------
 
@@ -373,8 +387,8 @@ def exclude(
 
     Args:
         path: The store's folder.
-        creator: Name of a creator, as in the store's table.
-        item: Id of an image; or this.
+        creator: Name of a creator, as in the store's table or that of its controls.
+        item: Id of an image, of these; or this.
         undo: Bring back what was excluded in the same words.
 
     Returns:
@@ -392,7 +406,9 @@ def exclude(
         raise StoreError(
             f"store {store.path.name} does not exclude {kind} {name!r}; influence inspect says what it does"
         )
-    if not undo and name not in set(store._table[column]):
+    controls = store.controls()
+    known = {*store._table[column], *(() if controls is None else controls._table[column])}
+    if not undo and name not in known:
         raise StoreError(f"store {store.path.name} has no {kind} {name!r}; expected one as in the table of attribute")
     return exclusions.add(store.path / "exclusions", store.path / "tmp", kind, str(name), excluded=not undo)
 

@@ -21,6 +21,11 @@ def base_is_known(source: Mapping[str, Any]) -> bool:
     return source["lora"] is not None or source.get("base_model") is not None
 
 
+def base_identity(source: Mapping[str, Any], finetuned: Denoiser) -> str | None:
+    """Hash of the weights that a store's fine-tune started from; `None` if nothing says which they are."""
+    return finetuned.identity["model"] if source["lora"] is not None else source.get("base_model")
+
+
 def default_method(source: Mapping[str, Any]) -> str:
     """The method that foretells retraining best of those that a store's source allows."""
     if source.get("half") is not None:
@@ -66,7 +71,7 @@ def load_base(
         found = models.load_denoiser(Path(path), **options)
     else:
         return None
-    known = finetuned.identity["model"] if source["lora"] is not None else source.get("base_model")
+    known = base_identity(source, finetuned)
     if known is not None and found.identity["model"] != known:
         raise OptionError(f"the base at {path or source['model']} is not the one that the store was built with")
     _require_alike(found, finetuned, f"the base at {path}", "pass the pipeline that the fine-tune started from")

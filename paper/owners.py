@@ -18,13 +18,15 @@ import numpy as np
 import pandas as pd
 import torch
 from calibration import DRAWS, KINDS, PAPER, queries, say
+from scipy import stats
 
 import influence
 from influence import answers, attribution, metrics, nearcopies
 from influence.evaluation import kept_shapley
-from influence.royalties import BASE_MODEL
+from influence.royalties import BASE_MODEL, DEFAULT_ESTIMATOR
 from influence.scored import Scored
 
+FARTHER = "farther, all (95 %)"
 SEEDS = (1000, 1001, 1002)
 """Of fine-tunes of each owner alone; the truth has others."""
 
@@ -39,7 +41,10 @@ def alone(name: str, work: Path) -> list[Path]:
 
 
 def distances(made: influence.Answers, name: str, asked: pd.DataFrame) -> pd.DataFrame:
-    """Total variation between the shares of each estimator and exact Shapley shares, by kind of query.
+    """Total variation between the shares of each estimator and exact Shapley shares, by kind of query and over all.
+
+    Beside it how much farther an estimator is than the default, over all queries, with the interval of the difference
+    that a bootstrap over queries gives.
 
     Exact Shapley values add up to what the fine-tune gained on the picture, retrained: where that is not above 0 there
     is nothing to divide, and the exact share of the base model is all.
@@ -56,9 +61,18 @@ def distances(made: influence.Answers, name: str, asked: pd.DataFrame) -> pd.Dat
             target = values.clip(lower=0) / values.clip(lower=0).sum()
         everyone = sorted(set(mine.index) | set(target.index))
         gap = (mine.reindex(everyone).fillna(0) - target.reindex(everyone).fillna(0)).abs().sum() / 2
-        found.append((kinds[query], estimator, gap))
-    table = pd.DataFrame(found, columns=["kind", "estimator", "distance"])
-    return table.pivot_table(index="estimator", columns="kind", values="distance")[list(KINDS)]
+        found.append((query, estimator, gap))
+    each = pd.DataFrame(found, columns=["query", "estimator", "gap"]).pivot(
+        index="query", columns="estimator", values="gap"
+    )
+    table = each.groupby(kinds).mean().T[list(KINDS)].assign(all=each.mean())
+    for estimator in table.index:
+        farther = each[estimator] - each[DEFAULT_ESTIMATOR]
+        if farther.any():
+            drawn = stats.bootstrap((farther,), np.mean, method="percentile", rng=np.random.default_rng(0))
+            low, high = drawn.confidence_interval
+            table.loc[estimator, FARTHER] = f"{farther.mean():.4f} ({low:.4f} … {high:.4f})"
+    return table
 
 
 def owners(made: influence.Answers, order: list[str], name: str, asked: pd.DataFrame) -> pd.DataFrame:
@@ -101,7 +115,7 @@ def main() -> None:
         said = answers.of_scored(scored, clusters, usage=np.ones(len(asked)), truth=PAPER / "truth" / name, message=say)
         far.append(distances(said, name, asked).assign(totals=said.facts["totals"]))
         rows.append(owners(said, scored.creators.names, name, asked))
-        apart = pd.concat(far).set_index("totals", append=True).reset_index().round(3)
+        apart = pd.concat(far).set_index("totals", append=True).reset_index().fillna("").round(3)
         text = [
             "Total variation of shares from exact Shapley shares:", "", apart.to_markdown(index=False), "",
             "Owners' totals against exact Shapley values, both cut at 0 for the total variation:", "",

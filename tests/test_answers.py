@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from click.testing import CliRunner
+from influence_cli.main import cli
 from PIL import Image
 from scipy import stats
 from tiny_models import pictures, tiny_ddpm, tiny_lora, tiny_stable_diffusion
@@ -127,6 +129,93 @@ def test_scores_have_errors_and_are_compared_with_controls(world):
     assert set(np.round(itself["p_value"] * 16).astype(int)) <= set(range(1, 17)), "a query is not its own control"
     for query in table.attrs["queries"]:
         assert query["gain"] == pytest.approx(0, abs=1e-5), "the base is the model itself"
+
+
+def test_a_picture_is_none_of_its_own_controls_whatever_its_caption_there(world):
+    made = influence.answer(world / "controls" / "013.png", world / "s", draws=DRAWS)
+    files = made.items.set_index("item_id")
+    assert len(made.controls) == 15
+    assert "013.png" not in files.loc[made.controls["control_id"], "file_name"].tolist()
+    assert files[files["file_name"] == "013.png"]["caption"].notna().all(), "and the model reads none"
+    below = (made.queries["gain_p_null"] * 16).iloc[0]
+    assert below == pytest.approx(round(below)), "of 15 gains of others"
+
+
+def moved(world, tmp_path):
+    """The store, and a command line on it; data set and controls are no longer where they were."""
+    for name in ("data", "controls"):
+        shutil.copytree(world / name, tmp_path / name)
+    options = {"dim": 64, "draws": DRAWS, "base": world / "base", "controls": tmp_path / "controls"}
+    influence.build(tmp_path / "data", model=world / "ddpm", store=tmp_path / "s", **options)
+    for name in ("data", "controls"):
+        (tmp_path / name).rename(tmp_path / f"{name}-now")
+    return tmp_path / "s"
+
+
+def test_what_was_moved_is_asked_for_and_found_where_it_is_said_to_be(world, tmp_path):
+    store = moved(world, tmp_path)
+
+    def ask(*parts):
+        found = CliRunner().invoke(
+            cli, [str(p) for p in ("attribute", world / "all" / "028.png", "--store", store, "--draws", DRAWS, *parts)]
+        )
+        assert found.exception is None or isinstance(found.exception, SystemExit)
+        return found.exit_code, found.output
+
+    code, said = ask("--method", "path")
+    assert code == 1 and "the data set of the store" in said and "say where with --dataset DIR" in said, said
+    code, said = ask("--method", "path", "--dataset", tmp_path / "data-now")
+    assert code == 1 and "the controls of the store" in said and "say where with --controls DIR" in said, said
+    code, said = ask("--controls", tmp_path)
+    assert code == 1 and "lacks 16 of the 16 controls" in said, said
+    assert ask("--method", "path", "--dataset", tmp_path / "data-now", "--controls", tmp_path / "controls-now")[0] == 0
+    assert ask("--method", "path")[0] == 0, "what was needed is kept"
+    found = influence.answer(world / "all" / "028.png", store, draws=DRAWS, dataset=tmp_path / "data-now")
+    assert len(found.controls) == 16
+
+
+def test_creators_of_controls_are_excluded_by_name_and_without_controls_nothing_is_tested(world, tmp_path):
+    store = shutil.copytree(world / "s", tmp_path / "s")
+    inside = influence.open_store(store).controls()
+    other = inside.items["item_id"].iloc[0]
+    assert influence.exclude(store, item=other)
+    found = influence.answer(world / "all" / "028.png", store, draws=DRAWS)
+    assert len(found.controls) == 15 and other not in set(found.controls["control_id"])
+    for item_id in inside.items["item_id"][1:]:
+        influence.exclude(store, item=item_id)
+    found = influence.answer(world / "all" / "028.png", store, draws=DRAWS)
+    assert found.controls.empty and found.attributions["p_value"].isna().all()
+    assert found.shares["p_null_group"].isna().all() and "gated_group_sum" not in set(found.shares["estimator"])
+
+
+@pytest.mark.parametrize(("command", "message"), [
+    (("export", "028.png", "-o", "out", "-k", 0), "0 is not in the range"),
+    (("attribute", "028.png", "028.png"), "a picture is given twice"),
+    (("attribute", "028.png", "--damping", "nan"), "damping is nan; expected a number above 0"),
+    (("check", "028.png", "--method", "grad-dot", "--damping", "inf"), "damping is inf; expected"),
+    (("attribute", "028.png", "--draws", 10**20), "draws is 1"),
+    (("attribute", "q\udcff.png"), "is not UTF-8, and no table could hold it; rename the file"),
+    (("check", "q\udcff.png"), "is not UTF-8, and no table could hold it; rename the file"),
+])  # fmt: skip
+def test_what_no_table_could_hold_is_refused_in_one_line(world, tmp_path, monkeypatch, command, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("028.png", "q\udcff.png"):
+        shutil.copy(world / "all" / "028.png", tmp_path / name)
+    found = CliRunner().invoke(cli, [str(part) for part in (*command, "--store", world / "s")])
+    assert found.exit_code in (1, 2) and isinstance(found.exception, SystemExit), found.output
+    assert message in found.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_prompt_that_is_no_text_and_a_store_without_images_are_refused(world, tmp_path):
+    pictures(tmp_path / "data", count=4)
+    influence.build(tmp_path / "data", model=world / "sd", lora=world / "lora", store=tmp_path / "s", dim=64, draws=2)
+    with pytest.raises(OptionError, match=r"the prompt 'caf\\udce9' is not UTF-8"):
+        influence.attribute(world / "all" / "028.png", tmp_path / "s", prompt="caf\udce9", draws=DRAWS)
+    for creator in influence.open_store(tmp_path / "s").items["creator"].unique():
+        influence.exclude(tmp_path / "s", creator=creator)
+    with pytest.raises(StoreError, match="all images of store s are excluded"):
+        influence.attribute(world / "all" / "028.png", tmp_path / "s", prompt="", draws=DRAWS, method="grad-dot")
 
 
 def test_relative_scores_under_trak_are_those_of_the_image_left_out(world):
@@ -259,12 +348,19 @@ def test_an_export_is_replayed_byte_for_byte_and_a_changed_picture_is_refused(wo
     record = json.loads((world / "out" / "run.json").read_text())
     record["images"][0]["sha256"] = "0" * 64
     (tmp_path / "run.json").write_text(json.dumps(record))
-    with pytest.raises(OptionError, match="is not the picture that was exported"):
+    with pytest.raises(OptionError, match="is another picture than was exported"):
         influence.replay(tmp_path / "run.json", tmp_path / "b")
     with pytest.raises(OptionError, match="is there already"):
         influence.export(world / "all" / "028.png", world / "s", world / "out", draws=DRAWS)
     with pytest.raises(OptionError, match=r"is no run.json of an export"):
         influence.replay(world / "out" / "datapackage.json", tmp_path / "c")
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    with pytest.raises(OptionError, match=r"is no run.json of an export"):
+        influence.replay(tmp_path / "deep.json", tmp_path / "c")
+    record["images"][0]["file"] = "elsewhere/028.png"
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(OptionError, match="is not there; .* and run replay in the folder that export ran in"):
+        influence.replay(tmp_path / "run.json", tmp_path / "c")
 
 
 def test_the_same_picture_twice_is_refused(world, tmp_path):
@@ -362,6 +458,8 @@ def test_what_changes_the_last_bits_is_replayed_too(world, tmp_path):
     {"options": {"draws": "8"}},
     {"options": {"k": True}},
     {"options": {"usage": ["a"]}},
+    {"options": {"solo": [1]}},
+    {"options": {"draws": 10**20}},
     {"options": 3},
     {"tables": []},
 ])  # fmt: skip

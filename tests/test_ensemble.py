@@ -78,6 +78,43 @@ def test_scores_are_means_and_intervals_have_the_spread_over_models(world):
     assert ask(world, [world / "s0", world / "s1"], k=3).groupby("query").size().tolist() == [3, 3]
 
 
+def test_gains_totals_and_gaps_have_the_spread_over_models(tmp_path):
+    """Of pictures of which the creators have works that were held out, under models of two other trainings."""
+    data = pictures(tmp_path / "data", count=9, size=8, captions=False)
+    held = pictures(tmp_path / "controls", count=12, size=8, captions=False, key=1)  # by the same creators
+    query = pictures(tmp_path / "query", count=1, size=8, captions=False, key=2) / "000.png"
+    base = tiny_ddpm(tmp_path / "base", seed=9)
+    for seed in range(2):
+        influence.build(
+            data, model=tiny_ddpm(tmp_path / f"m{seed}", seed=seed), base=base, store=tmp_path / f"s{seed}", dim=64,
+            draws=DRAWS, controls=held,
+        )  # fmt: skip
+    stores = [tmp_path / "s0", tmp_path / "s1"]
+    parts, both = (
+        [influence.answer(query, one, draws=DRAWS) for one in stores],
+        influence.answer(query, stores, draws=DRAWS),
+    )
+
+    def half(column, table, by=None):
+        values = [getattr(part, table) for part in parts]
+        if by is not None:
+            values = [value.set_index(by).sort_index() for value in values]
+        return np.abs(values[0][column].astype(float) - values[1][column].astype(float)) / 2
+
+    for gain, se in (("finetune_gain", "gain_se"), ("gain_bits", "gain_bits_se")):
+        spread, se = half(gain, "queries").iloc[0], both.queries[se].iloc[0]
+        assert se > spread > 0
+    by = ["query_id", "estimator", "contributor_id"]
+    shares = both.shares[both.shares["group_score"].notna()].set_index(by).sort_index()
+    assert (shares["group_score_se"] >= half("group_score", "shares", by).reindex(shares.index)).all()
+    gaps = both.styles.set_index("contributor_id").sort_index()
+    assert len(gaps) == 3
+    spread = half("gap", "styles", "contributor_id")
+    width = (gaps["gap_high"] - gaps["gap_low"]) / 2
+    assert (width > spread * stats.t.ppf(0.975, 8)).all() and (width > 0).all()
+    assert (both.shares["share_low"] <= both.shares["share"]).all()
+
+
 def test_an_export_of_several_can_be_replayed_and_says_what_its_intervals_cover(world, tmp_path):
     stores = [world / "s0", world / "s1"]
     influence.export([world / "query" / "000.png"], stores, tmp_path / "out", draws=DRAWS)

@@ -73,6 +73,31 @@ def test_owners_values_sum_to_the_gain_of_the_fine_tune(truth, scores):
     assert table.loc["trained", "gain"] > 0
 
 
+def test_exact_values_are_of_the_fine_tune_of_the_truth_alone(made, truth, scores, tmp_path):
+    influence.evaluation.owner_truth(truth, scores, seeds=1)
+    ask = {"images": truth.queries[0].path, "draws": 16, "truth": truth.folder}
+    store = shutil.copytree(made / "store", tmp_path / "store")
+    found = influence.answer(store=store, **ask)
+    shares = found.shares[(found.shares["estimator"] == "shapley") & found.shares["n_works"].notna()]
+    assert len(shares.query("query_id != 'ALL'")) == 3
+    item = influence.open_store(store).items["item_id"].iloc[0]
+    influence.exclude(store, item=item)
+    with pytest.raises(OptionError, match="is not of the works of store store: 1 differ, or their creators"):
+        influence.answer(store=store, **ask)
+    influence.exclude(store, item=item, undo=True)
+    other = shutil.copytree(truth.folder, tmp_path / "truth")
+    facts = json.loads((other / "truth.json").read_text(encoding="utf-8"))
+    (other / "truth.json").write_text(json.dumps(facts | {"base": "0"}), encoding="utf-8")
+    assert influence.answer(store=store, **ask | {"truth": other}), "this store does not say what its base is"
+    named = tmp_path / "named"
+    influence.build(made / "data", model=made / "model", base=made / "base", store=named, dim=512, draws=16)
+    with pytest.raises(OptionError, match="was retrained from another base than the fine-tune of store named"):
+        influence.answer(store=named, **ask | {"truth": other})
+    (other / "truth.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(OptionError, match="there is no truth in"):
+        influence.answer(store=store, **ask | {"truth": other})
+
+
 def test_deletion_removes_what_is_ranked_first(made, truth, scores):
     out = made / "regenerated.png"
     table = influence.evaluate_deletion(
@@ -147,6 +172,8 @@ def test_the_command_line(made, brief):
     assert json.loads(found.stdout)[0]["kind"] == "unseen"
     found = CliRunner().invoke(cli, ["evaluate", "deletion", *common, "--seeds", "1", "--fraction", "0.2"])
     assert {row["method"] for row in json.loads(found.stdout)} == {"random", "similar", "gauss-newton"}
+    twice = ["evaluate", "doctor", *common[:2], "--method", "trak", "--method", "grad-dot"]
+    assert "doctor examines one --method at a time" in CliRunner().invoke(cli, twice).output
     found = CliRunner().invoke(cli, ["evaluate", "lds", *common[:-5], "--queries", "odd"])
     assert found.exit_code == 2
     found = CliRunner().invoke(cli, ["evaluate", "doctor", "--store", str(made / "store"), "--draws", "2"])

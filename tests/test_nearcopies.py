@@ -151,6 +151,17 @@ def test_a_run_goes_on_where_it_stopped_and_another_run_is_refused(memorised, ex
     assert not (tmp_path / "new").exists()
 
 
+def test_without_two_different_pictures_near_duplicates_alone_are_near_copies(world, tmp_path):
+    (tmp_path / "data").mkdir()
+    shutil.copy(world / "data" / "000.png", tmp_path / "data" / "000.png")
+    influence.build(tmp_path / "data", model=world / "model", store=tmp_path / "s", dim=64, draws=2)
+    said = []
+    asked = [world / "data" / "000.png", world / "data" / "001.png"]
+    found = influence.near_copies(asked, tmp_path / "s", metrics=["pixel"], message=said.append)
+    assert found["near_copy"].tolist() == [True, False] and found["threshold"].isna().all()
+    assert any("is of 0 pairs only" in line for line in said)
+
+
 def test_excluded_pictures_are_not_compared_with(world, tmp_path):
     store = shutil.copytree(world / "s", tmp_path / "s")
     influence.exclude(store, creator="creator 0")

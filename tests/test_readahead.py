@@ -42,7 +42,8 @@ def scanned(path, name):
     phi = np.random.default_rng(0).standard_normal((QUERIES, made.spec.dim * (1 + (method.beside is not None))))
     names = [f"query {i}" for i in range(QUERIES)]
     rows = phi.astype(np.float32)
-    asked = Queries(names, [None] * QUERIES, names, rows, rows[:, None], np.ones((QUERIES, 1), np.float32), None)
+    loss = np.ones((QUERIES, 1), np.float32)
+    asked = Queries(names, [None] * QUERIES, names, [frozenset()] * QUERIES, rows, rows[:, None], loss, None)
     groups = scanning.groups_of(made, "loss")
     h = np.linspace(0, 0.5, len(groups.ids))
     v = torch.from_numpy(phi)

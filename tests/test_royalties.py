@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from influence import royalties
 from influence.errors import OptionError
@@ -88,6 +89,19 @@ def test_repeats_divide_like_single_totals():
         found = royalties.shares(estimator, evidence(totals, **known))
         for row, expected in zip(found, totals, strict=True):
             np.testing.assert_array_equal(row, royalties.shares(estimator, evidence(expected, **known)))
+
+
+@pytest.mark.parametrize("models", [2, 3, 5])
+def test_totals_of_a_few_models_vary_as_students_t_does(models):
+    zero = np.zeros(2)
+    between = np.array([0.04, 0.0])
+    again = royalties.resampled(
+        ("a",), np.array([1.0, 1.0]), np.array([3.0, 5.0]), np.array([9.0, 25.0]), np.zeros((2, 2)), zero,
+        between=between, models=models, repeats=200_000,
+    )  # fmt: skip
+    low, high = np.quantile(again[:, 0], [0.025, 0.975])
+    np.testing.assert_allclose([high - 3, 3 - low], 0.2 * stats.t.ppf(0.975, models - 1), rtol=0.1)
+    assert (again[:, 1] == 5).all()
 
 
 def test_resampled_totals_vary_by_draws_and_works():

@@ -221,6 +221,24 @@ def test_feature_leverage_is_the_hat_matrix_of_ridge_regression():
     np.testing.assert_allclose(curvatures.feature_leverage(factored, torch.tensor(phi)), np.diag(hat), rtol=1e-4)
 
 
+@pytest.mark.parametrize("models", [2, 3, 6])
+def test_intervals_of_a_mean_over_models_cover_training_again(models):
+    repeats, draws = 4000, 64
+    noise = keys.normal(("draws", models), (draws, repeats)).astype(float)  # the same for all models
+    own = keys.normal(("models", models), (models, repeats)).astype(float)
+    found = significance.stratified_errors(noise)
+    each = 1.0 + own
+    errors = significance.with_training(found, each.var(0, ddof=1) / models, models)
+    low, high = errors.interval(each.mean(0) + noise.mean(0))
+    assert 0.94 <= ((low <= 1) & (high >= 1)).mean() <= 0.98
+    low, high = found.interval(each.mean(0) + noise.mean(0))
+    assert ((low <= 1) & (high >= 1)).mean() < 0.5, "that of the draws alone does not"
+    draws, quantile = errors.se**2 - each.var(0, ddof=1) / models, stats.t.ppf(0.975, models - 1)
+    expected = stats.t.ppf(0.975, found.dof) ** 2 * draws + quantile**2 * each.var(0, ddof=1) / models
+    low, high = errors.interval(np.zeros(repeats))
+    np.testing.assert_allclose(high, np.sqrt(expected), rtol=1e-3)
+
+
 def test_the_error_of_a_stratified_mean_is_without_the_trend_over_the_strata():
     repeats, draws = 4000, 64
     noise = keys.normal(("stratified", repeats), (draws, repeats)).astype(float)

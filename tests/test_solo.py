@@ -173,7 +173,7 @@ def test_fine_tunes_of_other_works_or_of_another_network_are_refused(world, tmp_
     (data / "006.png").unlink()
     influence.solo(data, tmp_path / "fewer", base=world / "base", recipe=world / "recipe")
     ask = {"draws": DRAWS}
-    with pytest.raises(OptionError, match=r"not of the works of this store: those of 'creator 0' .*run influence solo"):
+    with pytest.raises(OptionError, match=r"not of the works of this store: those of 'creator 0' .*what is excluded"):
         influence.answer(world / "data" / "003.png", world / "s", solo=tmp_path / "fewer", **ask)
     influence.solo(world / "data", tmp_path / "elsewhere", base=world / "model", recipe=world / "recipe")
     with pytest.raises(OptionError, match=r"started from another model than .* run influence solo with its base"):
