@@ -49,6 +49,11 @@ def attach(unet: Any, text_encoder: nn.Module, lora: Path, notes: list[str]) -> 
         if len(known) < len(state):
             odd = next(name for name in state if name not in known)
             raise ModelError(f"{file}: {odd} belongs to no part of a StableDiffusionPipeline")
+        if foreign := [name for name in state if "lora" not in name]:
+            raise ModelError(
+                f"{file}: {foreign[0]} is no tensor of a LoRA, and diffusers would pass it over or put it in for good; "
+                "not supported: save the LoRA alone, as diffusers does"
+            )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*alpha_pattern keys did not match")  # refused below
             StableDiffusionPipeline.load_lora_into_unet(state, network_alphas=alphas, unet=unet, metadata=metadata)
@@ -56,9 +61,9 @@ def attach(unet: Any, text_encoder: nn.Module, lora: Path, notes: list[str]) -> 
                 StableDiffusionPipeline.load_lora_into_text_encoder(
                     state, network_alphas=alphas, text_encoder=text_encoder, metadata=metadata
                 )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, ModelError):
-            raise
+    except ModelError:
+        raise
+    except Exception as error:  # diffusers and peft raise many kinds
         raise ModelError(f"{file} does not fit the model: {one_line(error)}") from None
     loaded = {name: p for name, p in unet.named_parameters() if "lora_" in name}
     expected = sum(name.startswith("unet.") and "lora" in name for name in state)
@@ -146,15 +151,19 @@ def save(unet: Any, folder: str | Path) -> Path:
     α goes with it, since a reader who is not told takes r for it, which is another model.
 
     Raises:
-        ModelError: There is a LoRA in the folder already.
+        ModelError: There is a LoRA in the folder already, or it cannot be written.
     """
     file = Path(folder) / LORA_FILE
     if file.exists():
         raise ModelError(f"{file} exists already; choose another folder, or remove it")
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=_ADAPTER))
-    StableDiffusionPipeline.save_lora_weights(
-        folder, unet_lora_layers=layers, unet_lora_adapter_metadata=_metadata(unet), safe_serialization=True
-    )
+    try:
+        StableDiffusionPipeline.save_lora_weights(
+            folder, unet_lora_layers=layers, unet_lora_adapter_metadata=_metadata(unet), safe_serialization=True
+        )
+    except (OSError, SafetensorError) as error:
+        file.unlink(missing_ok=True)
+        raise ModelError(f"{file} cannot be written: {one_line(error)}; make room, or choose another folder") from None
     return file
 
 

@@ -78,6 +78,7 @@ def read_dataset(
     *,
     creator_column: str | None = None,
     captions_required: bool = False,
+    shape: tuple[int, int] | None = None,
     progress: Callable[[int, int], Any] | None = None,
 ) -> Dataset:
     """Read a training folder and decode every picture once.
@@ -86,6 +87,7 @@ def read_dataset(
         root: The folder.
         creator_column: Metadata column that names the creator; `creator`, if there is one, by default.
         captions_required: Whether the model needs a caption with every picture.
+        shape: Height and width that the model reads: pictures too elongated for it are refused.
         progress: Called with (pictures done, pictures in all).
 
     Raises:
@@ -103,7 +105,7 @@ def read_dataset(
         raise DatasetError(f"{found}; this model is trained with captions: give each one {where} (blank is allowed)")
     items, refused, remarks = [], [], Counter()
     with _quiet(), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for done, (result, said) in enumerate(pool.map(lambda draft: _examine(draft, inside), drafts), 1):
+        for done, (result, said) in enumerate(pool.map(lambda draft: _examine(draft, inside, shape), drafts), 1):
             (items if isinstance(result, Item) else refused).append(result)
             remarks.update(said)
             if progress is not None:
@@ -169,6 +171,16 @@ def to_array(
     if channels not in (1, 3) or min(height, width) < 1:
         raise DatasetError(f"pictures of {channels} × {height} × {width} are not supported; expected 1 or 3 channels")
     image = image.convert("L" if channels == 1 else "RGB")
+    size = _covering(image, height, width)
+    image = image.resize(size, Image.Resampling.BILINEAR)
+    left, top = round((size[0] - width) / 2.0), round((size[1] - height) / 2.0)
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)), dtype=np.float32)
+    values = (pixels.reshape(height, width, channels) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
+    return np.ascontiguousarray(values.transpose(2, 0, 1))
+
+
+def _covering(image: Image.Image, height: int, width: int) -> tuple[int, int]:
+    """Width and height at which a picture just covers a shape."""
     if image.width * height <= image.height * width:
         size = width, int(width * image.height / image.width)
     else:
@@ -176,11 +188,7 @@ def to_array(
     if size[0] * size[1] > MAX_RESIZED_PIXELS:
         found = f"a picture of {image.width} × {image.height} pixels is too elongated for {width} × {height}"
         raise DatasetError(f"{found}; expected one that covers it with at most {MAX_RESIZED_PIXELS} pixels: crop it")
-    image = image.resize(size, Image.Resampling.BILINEAR)
-    left, top = round((size[0] - width) / 2.0), round((size[1] - height) / 2.0)
-    pixels = np.asarray(image.crop((left, top, left + width, top + height)), dtype=np.float32)
-    values = (pixels.reshape(height, width, channels) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
-    return np.ascontiguousarray(values.transpose(2, 0, 1))
+    return size
 
 
 def to_png(values: Float32[np.ndarray, "channels height width"]) -> bytes:
@@ -255,7 +263,7 @@ def _decode(path: Path) -> tuple[Image.Image, list[str]]:
         raise DatasetError(f"cannot be decoded: {reason or type(error).__name__}") from error
 
 
-def _examine(draft: Item, inside: Path) -> tuple[Item | Refusal, list[str]]:
+def _examine(draft: Item, inside: Path, shape: tuple[int, int] | None) -> tuple[Item | Refusal, list[str]]:
     """Complete an item by its id, or refuse it; also the remarks on it."""
     name = PurePosixPath(draft.file_name)
     try:
@@ -263,6 +271,8 @@ def _examine(draft: Item, inside: Path) -> tuple[Item | Refusal, list[str]]:
         if name.is_absolute() or ".." in name.parts or not _is_inside(draft.path, inside):
             raise DatasetError("leads out of the data set folder; copy the picture into it")
         image, notes = _decode(draft.path)
+        if shape is not None:
+            _covering(image, *shape)
     except UnicodeEncodeError:
         return Refusal(draft.file_name.encode("utf-8", "backslashreplace").decode(), "the name is not UTF-8"), []
     except DatasetError as error:
@@ -322,12 +332,19 @@ def _listed(root: Path, metadata: Path, creator_column: str | None) -> tuple[lis
     return drafts, _notes({f"in the folder but not in {metadata.name}, left out": unlisted})
 
 
+_SPLITS = ("test", "val", "valid", "validation", "dev", "eval")
+
+
 def _bare(root: Path, creator_column: str | None) -> tuple[list[Item], list[str]]:
     """Items without ids from a folder without metadata."""
     if creator_column is not None:
         found = f"{str(root)!r} has no metadata file, hence no column {creator_column!r}"
         raise DatasetError(f"{found}; expected metadata.csv or metadata.jsonl: add one, or name no creator column")
     paths, notes = _pictures(root)
+    if (root / "train").is_dir():  # a part of its own, as image folders have it: the others were not trained on
+        others = [path for path in paths if path.relative_to(root).parts[0] in _SPLITS]
+        notes += _notes({"not in train/ but in a part to test with, left out": len(others)})
+        paths = [path for path in paths if path not in {*others}]
     drafts = []
     for path in paths:
         beside = path.with_suffix(".txt")

@@ -48,7 +48,7 @@ def halve(
     half = replace(whole, epochs=whole.epochs / 2)
     finetuning.require_absent(out, half)
     denoiser = finetuning.start(base, half, resolution=resolution, device=chosen(device))
-    data = datasets.read_dataset(dataset, captions_required=denoiser.conditional)
+    data = datasets.read_dataset(dataset, captions_required=denoiser.conditional, shape=denoiser.image_size[1:])
     for line in [*denoiser.notes, *data.notes, *(f"refused {r.file_name}: {r.reason}" for r in data.refused)]:
         message(line)
     items = retraining.in_order(data.items)

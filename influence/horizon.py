@@ -23,6 +23,7 @@ from torch import Tensor
 from influence import diffusion, gradients, keys
 from influence.devices import exact
 from influence.errors import GradientError
+from influence.memory import peak
 from influence.models import Denoiser
 
 BATCHES, ROWS = 64, 8
@@ -63,18 +64,27 @@ def _mean_squares(denoiser: Denoiser, batches: Batches, batch_size: int, seed: i
             parameter.requires_grad_(True)
         for number, (x0, cond) in enumerate(batches):
             found = _gradient(denoiser, x0, cond, (seed, number))
-            squares = [gradient.float().square().mul_(len(x0) / batch_size) for gradient in found]
-            if not all(bool(square.sum().isfinite()) for square in squares):
+            if not all(bool(gradient.float().square().sum().isfinite()) for gradient in found):
                 continue  # the image is refused by name when its own features are taken
             count += 1
-            for name, square in zip(parameters, squares, strict=True):
+            for name, gradient in zip(parameters, found, strict=True):
+                square = gradient.float().square().mul_(len(x0) / batch_size)
                 total[name] = total[name].add_(square) if name in total else square
+            del found  # as large as the weights, and the next ones would be made beside it
     finally:
         for parameter, before in zip(parameters.values(), asked, strict=True):
             parameter.requires_grad_(before)
     if not count:
         raise GradientError("no batch of training images has finite gradients; expected finite weights and pictures")
     return {name: value.div_(count) for name, value in total.items()}
+
+
+def held(denoiser: Denoiser, x0: Tensor, cond: Tensor | None, *, points: int) -> int:
+    """Bytes that `second_moments` holds at the highest, measured with two batches of `ROWS` copies of an image."""
+    batch = x0[:1].expand(ROWS, *x0.shape[1:]), None if cond is None else cond[:1].expand(ROWS, *cond.shape[1:])
+    highest = peak(lambda: _mean_squares(denoiser, [batch] * 2, ROWS, 0), x0.device)
+    kept = sum(4 * parameter.numel() for parameter in denoiser.parameters.values())
+    return highest + kept * (points > 1)
 
 
 FLOOR = 1e-3

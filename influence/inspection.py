@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from influence import datasets, shards, store, verification
+from influence.adapters import LORA_FILE
 from influence.errors import InfluenceError, OptionError
 
 _MAX_JSON = 16 << 20
@@ -41,6 +42,11 @@ def _folder(path: Path) -> dict[str, Any]:
     )
     if checkpoints:
         return {"kind": "training output", "whole": True, "checkpoints": checkpoints}
+    if (path / LORA_FILE).is_file():
+        return _file(path / LORA_FILE)
+    weights = next((path / name for name in ("unet_ema", "unet") if (path / name).is_dir()), None)
+    if weights is not None:
+        return {"kind": "training output", "whole": True, "weights": weights.name}
     data = datasets.read_dataset(path)
     creators: dict[str, int] = {}
     for item in data.items:

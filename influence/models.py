@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -32,6 +33,7 @@ _MAX_CAPTIONS = 1024
 _PICTURES = 64  # of 32 × 32 pixels that are encoded at once
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _SAME_BETAS = ("DPMSolverSDEScheduler",)  # of the family, but a stand-in where torchsde is not installed
+_ENCODERS = (AutoencoderKL, CLIPTextModel)
 _PADDING = 128  # a table of vectors may be filled up to a multiple of this
 
 
@@ -51,7 +53,9 @@ class Denoiser(Protocol):
     conditional: bool
     """Whether the network reads captions."""
     identity: dict[str, str | None]
-    """SHA-256 of `model`, `encoders`, `lora`, `parameters` and `schedule`, as in FeatureSpec."""
+    """SHA-256 of `model`, `config`, `encoders`, `lora`, `parameters` and `schedule`, as in FeatureSpec."""
+    latents: str | None
+    """SHA-256 of what makes latents of pictures; `None` if nothing does."""
     notes: list[str]
     """Assumptions and warnings that a person must see."""
 
@@ -252,8 +256,10 @@ def _load_denoiser(
     base = _tensors_sha(unet.state_dict())
     if isinstance(unet, UNet2DModel):
         denoiser, encoders = _unconditional(unet, schedule, resolution), hashlib.sha256(b"none").hexdigest()
+        denoiser.latents = None
     else:
         denoiser, encoders = _stable_diffusion(unet, schedule, parts, resolution)
+    config = _configs(unet, *(part for part in vars(denoiser).values() if isinstance(part, _ENCODERS)))
     adapter = None if lora is None else _adapted(denoiser).attach_lora(Path(lora), notes)
     selected = _select(unet, adapter is not None, parameters)
     for module in vars(denoiser).values():
@@ -261,10 +267,16 @@ def _load_denoiser(
             module.eval().requires_grad_(False).to(device)
     if schedule.weighting == "uniform":
         notes.append("training loss assumed: plain mean squared error, uniform timesteps, no flips or random crops")
+    else:
+        notes.append(
+            "training loss assumed: mean squared error of x₀ weighted by the signal-to-noise ratio, uniform timesteps, "
+            "no flips or random crops"
+        )
     denoiser.parameters = selected
     denoiser.notes = notes
     denoiser.identity = {
         "model": base,
+        "config": config,
         "encoders": encoders,
         "lora": adapter,
         "parameters": _sha([json.dumps([(name, list(p.shape)) for name, p in selected.items()]).encode()]),
@@ -282,8 +294,24 @@ def save_denoiser(denoiser: Denoiser, path: str | Path, *, base: str | Path) -> 
     folder = Path(path)
     if folder.exists():
         raise ModelError(f"{folder} exists already; choose another folder, or remove it")
-    shutil.copytree(base, folder, ignore=lambda place, _: ["unet"] if Path(place) == Path(base) else [])
-    denoiser.network.unet.save_pretrained(folder / "unet")
+    parts, aside = _find(Path(base), [])[1], folder.with_name(folder.name + ".part")
+
+    def passed_over(place: str, names: list[str]) -> list[str]:
+        """Weights of the base: a reader prefers `unet_ema`, or those of a checkpoint, to `unet`."""
+        if Path(place) != parts:
+            return []
+        return [name for name in names if name in ("unet", "unet_ema") or name.startswith("checkpoint-")]
+
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(parts, aside, ignore=passed_over)
+        denoiser.network.unet.save_pretrained(aside / "unet")
+        aside.rename(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise ModelError(
+            f"{folder} cannot be written: {one_line(error)}; make room, or choose another folder"
+        ) from None
 
 
 def add_fresh_lora(denoiser: Denoiser, *, rank: int, alpha: float, targets: str, seed: int) -> None:
@@ -354,6 +382,24 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
+_SILENT = ("transformers_version", "architectures", "dtype", "torch_dtype", "model_type", "sample_size")
+"""Of a config: what decides no output, or is told elsewhere."""
+
+
+def _configs(*modules: Any) -> str:
+    """SHA-256 of the configs of a model's parts, without what is as it is by default, paths and versions."""
+    found = []
+    for module in modules:
+        if isinstance(module, CLIPTextModel):
+            values = module.config.to_diff_dict()
+        else:
+            known = inspect.signature(type(module).__init__).parameters
+            values = {n: v for n, v in module.config.items() if n not in known or known[n].default != v}
+        told = {n: v for n, v in values.items() if not n.startswith("_") and n not in _SILENT}
+        found.append(json.dumps([type(module).__name__, told], sort_keys=True, default=list).encode())
+    return _sha(found)
+
+
 UNETS = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
 
 
@@ -385,10 +431,11 @@ def _load(kind: Any, folder: Path) -> Any:
     if not names:
         raise ModelError(f"{folder} holds no .safetensors file; convert the weights, pickled ones are not read")
     try:
-        module = kind.from_pretrained(folder, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        module, found = kind.from_pretrained(folder, output_loading_info=True, **options)
+    except Exception as error:  # diffusers, transformers and safetensors raise many kinds
         raise ModelError(f"{folder} cannot be loaded: {one_line(error)}") from None
     absent = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
+    absent += sorted(found["missing_keys"])  # transformers fills these at random
     if absent:
         raise ModelError(f"{folder} has no weights for {absent[0]}; its config.json and its weights do not fit")
     module = module.float()
@@ -463,7 +510,9 @@ def _stable_diffusion(
             json.dumps(sorted(tokenizer.get_vocab().items())).encode(),
         ]
     )
-    return _StableDiffusion(unet, vae, text_encoder, tokenizer, schedule, side), sha
+    denoiser = _StableDiffusion(unet, vae, text_encoder, tokenizer, schedule, side)
+    denoiser.latents = _sha([_tensors_sha(vae.state_dict()).encode(), repr(facts[:2]).encode()])
+    return denoiser, sha
 
 
 def _load_tokenizer(folder: Path, text_encoder: CLIPTextModel) -> CLIPTokenizer:

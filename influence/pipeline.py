@@ -17,7 +17,7 @@ from influence import items as tables
 from influence.building import run_shards
 from influence.errors import DatasetError, OptionError
 from influence.loading import DEFAULT_BATCH, BuildOptions, Loaded, network, prepared, with_dim, within_memory
-from influence.memory import parse_size
+from influence.memory import format_size, parse_size
 from influence.models import Denoiser
 from influence.progress import Message, Progress, silent
 from influence.scoring import METHODS
@@ -127,8 +127,13 @@ def build(
         dtype=dtype,
     )
     denoiser = network(options)
+    before = store_of(Path(store))
+    if before is not None:
+        creator_column = _kept_column(before, creator_column)
     data = read(dataset, denoiser, creator_column, progress, message)
     source = source_of(options, base, half, creator_column, denoiser)
+    if memory is not None and before is None and (metric != "plain" or own_recipe(options, recipe) is not None):
+        _require_room(denoiser, source, memory)
     options, facts = settled(Path(store), denoiser, options, data, source, metric, recipe, message)
     source |= facts
     loaded = prepared(denoiser, options, message)
@@ -136,15 +141,20 @@ def build(
         held = COPIES * shard_bytes(loaded, options, data, curvature_budget(options, data, curvature_rows)[1])
         held += waypoint_bytes(source, denoiser)
         loaded, options = within_memory(loaded, options, memory, held, message, workers)
-    new, wanted = not (Path(store) / "store.json").exists(), curvature_budget(options, data, curvature_rows)[1] > 0
+    new, wanted = before is None, curvature_budget(options, data, curvature_rows)[1] > 0
     if new and wanted and options.scales is not None:  # in the plain metric nothing is measured on the data set
         source["curvature_density"] = _density(loaded, pilots(options, data))
     made = _open_or_create(Path(store), loaded, options, data, curvature_rows, source)
-    run_shards(made, "loss", loaded, options, data, workers, progress, message)
+    if before is not None and (back := before.excluded & {*made.items["item_id"]}):
+        message(
+            f"{len(back)} images that were excluded by the name of their creator have another creator now, and count "
+            "again; exclude that name too"
+        )
     parts = [(made, options, data)]
-    if controls is not None:
+    if controls is not None:  # looked at before the work begins
         parts.append(_controls(made, loaded, options, data, controls, source, message))
-        run_shards(parts[1][0], "loss", loaded, parts[1][1], parts[1][2], workers, progress, message)
+    for part, how, images in parts:
+        run_shards(part, "loss", loaded, how, images, workers, progress, message)
     where = where_now(made.source, **{name: source[name] for name in ("model", "lora", "base", "half")})
     for family in METHODS[default_method(made.source)].elsewhere:
         todo = [part for part in parts if part[0].missing(family)]
@@ -152,6 +162,42 @@ def build(
         for part, how, images in todo:
             run_shards(part, family, of, how, images, workers, progress, message, source=where)
     return made
+
+
+def store_of(path: Path) -> Store | None:
+    """The store that is there already."""
+    return store.open_store(path) if (path / "store.json").exists() else None
+
+
+def _require_room(denoiser: Denoiser, source: Mapping[str, Any], memory: str) -> None:
+    """Raise if what is known of the fine-tune's steps takes more than a budget: gradients and squares of all weights.
+
+    Raises:
+        OptionError: It does.
+    """
+    x0, cond = encoded(denoiser, [np.zeros(denoiser.image_size, np.float32)], [""])
+    held = horizon.held(denoiser, x0, cond, points=3 if base_is_known(source) else 1)
+    held += waypoint_bytes(source, denoiser)
+    if held > parse_size(memory):
+        raise OptionError(
+            f"memory is {memory}, and the second moments of all gradients, which decide metric and damping, take "
+            f"{format_size(held)}; give more, or choose fewer --parameters"
+        )
+
+
+def _kept_column(made: Store, column: str | None) -> str | None:
+    """The column of creators that a store was made with: what is excluded by a creator's name rests on it.
+
+    Raises:
+        OptionError: Another one is named.
+    """
+    kept = made.source["creator_column"]
+    if column is not None and column != (kept or "creator"):
+        raise OptionError(
+            f"store {made.path.name} takes creators from column {kept or 'creator'!r}, and --creator-column is "
+            f"{column!r}; leave it out, or build another store"
+        )
+    return kept
 
 
 def source_of(
@@ -171,6 +217,7 @@ def source_of(
         "lora": options.lora,
         "base": None if base is None else str(Path(base).absolute()),
         "base_model": None,
+        "base_encoders": None,
         "half": None if half is None else str(Path(half).absolute()),
         "half_model": None,
         "parameters": options.parameters,
@@ -181,7 +228,7 @@ def source_of(
         before = load_base(source, denoiser, None, "cpu")
         assert before is not None
         require_same_parameters(before, denoiser, "the base", "pass the pipeline that the fine-tune started from")
-        source["base_model"] = before.identity["model"]
+        source["base_model"], source["base_encoders"] = (before.identity[name] for name in ("model", "encoders"))
     if half is not None:
         source["half_model"] = half_identity(load_half(source, denoiser, "cpu"))
     return source
@@ -208,6 +255,7 @@ def read(
         Path(dataset),
         creator_column=creator_column,
         captions_required=denoiser.conditional,
+        shape=denoiser.image_size[1:],
         progress=functools.partial(progress, "reading pictures"),
     )
     for note in data.notes:
@@ -381,7 +429,12 @@ def read_controls(
     Raises:
         DatasetError: None is left, or the folder cannot be read.
     """
-    data = datasets.read_dataset(Path(controls), creator_column=creator_column, captions_required=denoiser.conditional)
+    data = datasets.read_dataset(
+        Path(controls),
+        creator_column=creator_column,
+        captions_required=denoiser.conditional,
+        shape=denoiser.image_size[1:],
+    )
     for note in [*data.notes, *(f"refused {refusal.file_name}: {refusal.reason}" for refusal in data.refused)]:
         message(f"controls: {note}")
     trained = [item.item_id in members or item.picture_id in members for item in data.items]
@@ -407,10 +460,4 @@ def _controls(
     members = {*made.items["item_id"], *made.excluded, *(item.picture_id for item in data.items)}
     others = read_controls(controls, loaded.denoiser, source["creator_column"], members, message)
     options = replace(options, dataset=str(Path(controls).absolute()))
-    before = made.controls()
-    if before is not None and before.source["dataset"] != options.dataset:
-        raise OptionError(
-            f"the controls of store {made.path.name} are those of {before.source['dataset']}; pass that folder again, "
-            "with more pictures if there are more, or build another --store"
-        )
     return _open_or_create(made.path / store.CONTROLS, loaded, options, others, 0, source), options, others

@@ -147,6 +147,8 @@ def plan(
         if not num_probes and measured:
             points = 3 if base_is_known(source) else 1
             seconds += per_row * points * horizon.BATCHES * horizon.ROWS  # about: a plain pass, without features
+    if measured:
+        highest = max(highest, horizon.held(denoiser, x0, cond, points=3 if base_is_known(source) else 1))
     return {
         "images": sizes[0],
         "controls": sizes[1],

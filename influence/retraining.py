@@ -126,7 +126,9 @@ def create(
         OptionError: The folder holds another truth, or a query lacks the caption that the model reads.
     """
     denoiser = finetuning.start(base, recipe, resolution=resolution)
-    found = datasets.read_dataset(dataset, creator_column=creator_column, captions_required=denoiser.conditional)
+    found = datasets.read_dataset(
+        dataset, creator_column=creator_column, captions_required=denoiser.conditional, shape=denoiser.image_size[1:]
+    )
     items = in_order(found.items)
     bare = next((query.path for query in queries if query.caption is None), None) if denoiser.conditional else None
     if bare is not None:
@@ -177,9 +179,17 @@ def halves(seed: int, count: int, files: int) -> list[np.ndarray]:
     return masks
 
 
+MOST_OWNERS = 12
+
+
 def coalitions(owners: Sequence[str]) -> dict[frozenset[str], np.ndarray]:
     """Masks of all sets of owners, the empty one and the whole included, by who owns each file."""
     names = sorted(set(owners))
+    if len(names) > MOST_OWNERS:
+        raise OptionError(
+            f"{len(names)} creators have 2^{len(names)} coalitions, each to be retrained; expected at most "
+            f"{MOST_OWNERS} creators: take a data set of fewer, or name them by groups in a --creator-column"
+        )
     owner = np.array(owners)
     return {
         frozenset(chosen): np.isin(owner, chosen)
@@ -296,7 +306,7 @@ def retrain(
     """
     wanted = list(runs)
     done = {(row.name, row.seed): row.members for row in truth.runs().itertuples(index=False)}
-    todo = [run for run in wanted if (run.name, run.seed) not in done]
+    todo = list({(run.name, run.seed): run for run in wanted if (run.name, run.seed) not in done}.values())
     for run in wanted:
         if not np.array_equal(done.get((run.name, run.seed), run.members), run.members):
             raise OptionError(

@@ -73,7 +73,9 @@ def solo(
     """
     how = finetuning.read_recipe(recipe)
     denoiser = finetuning.start(base, how, resolution=resolution, device=chosen(device))
-    data = datasets.read_dataset(dataset, creator_column=creator_column, captions_required=denoiser.conditional)
+    data = datasets.read_dataset(
+        dataset, creator_column=creator_column, captions_required=denoiser.conditional, shape=denoiser.image_size[1:]
+    )
     for line in [*denoiser.notes, *data.notes, *(f"refused {r.file_name}: {r.reason}" for r in data.refused)]:
         message(line)
     items = retraining.in_order(data.items)

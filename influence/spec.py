@@ -21,6 +21,8 @@ class FeatureSpec:
 
     model: str
     """SHA-256 of the denoiser's base weights: names, shapes, dtypes and bytes."""
+    config: str
+    """SHA-256 of the configs of the denoiser, VAE and text encoder, where they differ from their classes' defaults."""
     encoders: str
     """SHA-256 of what turns a picture and a caption into the denoiser's inputs (VAE, text encoder, tokenizer)."""
     lora: str | None

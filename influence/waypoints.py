@@ -72,7 +72,8 @@ def load_base(
     else:
         return None
     known = base_identity(source, finetuned)
-    if known is not None and found.identity["model"] != known:
+    encoders = finetuned.identity["encoders"] if source["lora"] is not None else source.get("base_encoders")
+    if known not in (None, found.identity["model"]) or encoders not in (None, found.identity["encoders"]):
         raise OptionError(f"the base at {path or source['model']} is not the one that the store was built with")
     _require_alike(found, finetuned, f"the base at {path}", "pass the pipeline that the fine-tune started from")
     return found
@@ -150,10 +151,11 @@ def half_identity(denoiser: Denoiser) -> str:
 
 def _require_alike(found: Denoiser, finetuned: Denoiser, what: str, advice: str) -> None:
     here, there = (
-        (each.identity["schedule"], each.schedule.prediction, tuple(each.sample_shape), each.conditional)
+        (each.identity["schedule"], each.schedule.prediction, tuple(each.sample_shape), each.conditional, each.latents)
         for each in (found, finetuned)
     )
-    for name, a, b in zip(("schedule", "prediction", "sample shape", "captions"), here, there, strict=True):
+    names = ("schedule", "prediction", "sample shape", "captions", "VAE")
+    for name, a, b in zip(names, here, there, strict=True):
         if a != b:
             raise OptionError(f"{what} has another {name} ({a}) than the fine-tuned model ({b}); {advice}")
 
@@ -162,7 +164,7 @@ def require_same_parameters(found: Denoiser, finetuned: Denoiser, what: str, adv
     """Refuse a model that is not of the same fine-tune.
 
     Raises:
-        OptionError: Their parameters differ in number or shape.
+        OptionError: Their parameters differ in number or shape, or their configs do.
     """
     here, there = ({name: tuple(p.shape) for name, p in each.parameters.items()} for each in (found, finetuned))
     differ = [name for name in {**here, **there} if here.get(name) != there.get(name)]
@@ -170,6 +172,11 @@ def require_same_parameters(found: Denoiser, finetuned: Denoiser, what: str, adv
         raise OptionError(
             f"{what} has other parameters than the fine-tuned model: {differ[0]} is {here.get(differ[0])} and "
             f"{there.get(differ[0])} ({len(differ)} differ); {advice}"
+        )
+    if found.identity["config"] != finetuned.identity["config"]:
+        raise OptionError(
+            f"{what} has another config.json than the fine-tuned model, and computes something else with parameters "
+            f"of the same shapes; {advice}"
         )
 
 

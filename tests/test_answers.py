@@ -83,15 +83,6 @@ def test_a_control_that_was_trained_on_is_left_out_by_name(world, tmp_path):
         )
 
 
-def test_controls_come_from_one_folder(world, tmp_path):
-    shutil.copytree(world / "controls", tmp_path / "elsewhere")
-    with pytest.raises(OptionError, match="the controls of store s are those of .*controls; pass that folder again"):
-        influence.build(
-            world / "data", model=world / "ddpm", store=world / "s", dim=128, draws=DRAWS, base=world / "base",
-            controls=tmp_path / "elsewhere",
-        )  # fmt: skip
-
-
 def test_a_damaged_control_is_found_and_repaired(world, tmp_path):
     shutil.copytree(world / "s", tmp_path / "s")
     victim = sorted((tmp_path / "s" / "controls" / "shards").glob("loss-*.h5"))[0]

@@ -24,6 +24,42 @@ def run(*parts):
     return CliRunner().invoke(cli, [str(part) for part in parts])
 
 
+def test_a_store_keeps_its_column_of_creators_and_what_is_excluded_by_it(world, tmp_path):
+    data = pictures(tmp_path / "data", count=6)
+    file = data / "metadata.csv"
+    file.write_text(file.read_text(encoding="utf-8").replace("creator\n", "artist\n", 1), encoding="utf-8")
+    build = ("build", data, "--model", world / "ddpm", "--store", tmp_path / "s", "--dim", 64, "--draws", 2)
+    assert run(*build, "--creator-column", "artist").exit_code == 0
+    assert run("exclude", tmp_path / "s", "--creator", "creator 1").exit_code == 0
+    again = run(*build)
+    assert again.exit_code == 0, again.output
+    made = influence.open_store(tmp_path / "s")
+    assert len(made.items) == 4 and len(made.excluded) == 2 and set(made.items["creator"]) == {"creator 0", "creator 2"}
+    other = run(*build, "--creator-column", "text")
+    assert (
+        other.exit_code == 1 and "takes creators from column 'artist', and --creator-column is 'text'" in other.output
+    )
+    file.write_text(file.read_text(encoding="utf-8").replace("creator 1", "creator one"), encoding="utf-8")
+    renamed = run(*build)
+    assert "2 images that were excluded by the name of their creator have another creator now" in renamed.output
+
+
+def test_controls_are_looked_at_before_the_work_begins_and_may_be_moved(world, tmp_path):
+    held = pictures(tmp_path / "held", count=5, key=3)
+    build = ("build", world / "data", "--model", world / "ddpm", "--store", tmp_path / "s", "--dim", 64, "--draws", 2)
+    slip = run(*build, "--controls", tmp_path / "hled")
+    assert slip.exit_code == 1 and "is not a folder" in slip.output
+    assert not [*(tmp_path / "s" / "shards").glob("*")]
+    assert run(*build, "--controls", held).exit_code == 0
+    more = pictures(tmp_path / "more", count=7, key=3)  # the five, and two more
+    shutil.rmtree(held)
+    found = run(*build, "--controls", more)
+    assert found.exit_code == 0, found.output
+    assert influence.open_store(tmp_path / "s").controls().num_rows()[0] == 7
+    fewer = run(*build, "--controls", pictures(tmp_path / "fewer", count=3, key=3))
+    assert fewer.exit_code == 1 and "holds 4 images that the data set has not" in fewer.output
+
+
 @pytest.mark.parametrize("name", sorted(cli.commands))
 def test_every_command_has_help_with_an_example(name):
     result = run(name, "--help")

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import random
+import shutil
 import struct
 import subprocess
 import sys
@@ -341,6 +342,16 @@ def test_a_bare_folder_is_read_with_its_subfolders_in_the_order_of_names(tmp_pat
         ("b.PNG", None),
     ]
     assert dataset.refused == []
+
+
+def test_of_a_bare_folder_with_parts_to_test_with_only_train_is_read(tmp_path):
+    for seed, name in enumerate(("train/a.png", "test/b.png", "validation/c.png")):
+        picture(tmp_path / name, seed)
+    dataset = read_dataset(tmp_path)
+    assert [i.file_name for i in dataset.items] == ["train/a.png"]
+    assert "2 pictures: not in train/ but in a part to test with, left out" in dataset.notes
+    shutil.rmtree(tmp_path / "train")
+    assert [i.file_name for i in read_dataset(tmp_path).items] == ["test/b.png", "validation/c.png"]
 
 
 def test_links_to_folders_are_counted_and_not_entered(tmp_path):
@@ -774,6 +785,14 @@ def test_a_picture_too_elongated_to_resize_is_an_error_and_fills_no_memory(tmp_p
     item = read_dataset(tmp_path).items[0]
     with pytest.raises(DatasetError, match=r"'thin\.png': .*too elongated"):
         load(item, height=512, width=512, channels=3)
+
+
+def test_a_picture_too_elongated_for_the_model_is_refused_by_name_and_the_others_are_read(tmp_path):
+    picture(tmp_path / "a.png")
+    Image.new("RGB", (140_000, 1)).save(tmp_path / "line.png")
+    dataset = read_dataset(tmp_path, shape=(64, 64))
+    assert [i.file_name for i in dataset.items] == ["a.png"]
+    assert [r.file_name for r in dataset.refused] == ["line.png"] and "too elongated" in dataset.refused[0].reason
 
 
 def test_loading_gives_the_array_of_the_picture(tmp_path):

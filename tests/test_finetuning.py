@@ -169,6 +169,11 @@ def test_coalitions_are_all_sets_of_owners():
     assert found[frozenset({"a", "c"})].tolist() == [True, False, True, True]
 
 
+def test_coalitions_of_many_owners_are_refused_before_they_are_made():
+    with pytest.raises(OptionError, match=r"250 creators have 2\^250 coalitions, .* at most 12 creators"):
+        retraining.coalitions([str(i) for i in range(250)])
+
+
 def test_retraining_goes_on_where_it_stopped(truth, tmp_path):
     runs = [Run(f"half-{i}", mask, 0) for i, mask in enumerate(retraining.halves(0, 3, 8))]
     whole = retraining.retrain(truth, runs)
@@ -181,6 +186,14 @@ def test_retraining_goes_on_where_it_stopped(truth, tmp_path):
     again = retraining.retrain(truth, runs, workers=2)
     assert sorted(journal.read_bytes().splitlines()) == sorted(line.rstrip() for line in lines)
     assert np.array_equal(np.stack(again.sort_values("name")["loss"]), np.stack(whole["loss"]))
+
+
+def test_a_run_that_is_planned_twice_is_trained_once(truth):
+    run = Run("twice", np.arange(8) < 5, 0)
+    found = retraining.retrain(truth, [run, run])
+    assert (found["name"] == "twice").sum() == 1
+    lines = (truth.folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    assert sum('"twice"' in line for line in lines) == 1
 
 
 def test_another_truth_in_the_folder_is_refused(truth):

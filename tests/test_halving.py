@@ -236,6 +236,16 @@ def test_repair_takes_what_was_moved_from_where_it_is_now(world, tmp_path):
     assert influence.verify(store) == []
 
 
+def test_a_half_of_another_config_is_refused(world, tmp_path):
+    half = shutil.copytree(world / "half", tmp_path / "half")
+    file = half / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"attention_head_dim": 4}), encoding="utf-8")
+    with pytest.raises(OptionError, match="the model of half the length has another config.json than the fine-tuned"):
+        influence.build(
+            world / "data", model=world / "model", half=half, store=tmp_path / "s", dim=64, draws=2, metric="plain"
+        )
+
+
 def test_a_folder_that_cannot_be_made_is_refused_before_the_training(world, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "r.json").write_text(json.dumps(dataclasses.asdict(WHOLE)))

@@ -4,6 +4,7 @@ import json
 import struct
 
 import pytest
+from tiny_models import tiny_lora, tiny_stable_diffusion
 
 import influence
 
@@ -43,6 +44,16 @@ def test_a_model_index_that_is_none_is_refused(tmp_path, text):
     (tmp_path / "model_index.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(influence.OptionError, match="model_index.json"):
         influence.inspect(tmp_path)
+
+
+def test_folders_that_build_takes_are_known(tmp_path):
+    tiny_stable_diffusion(tmp_path / "sd")
+    tiny_lora(tmp_path / "sd", tmp_path / "lora")
+    facts = influence.inspect(tmp_path / "lora")
+    assert facts["kind"] == "LoRA" and facts["ranks"] == [2]
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "sd" / "unet").rename(tmp_path / "checkpoint-5" / "unet")
+    assert influence.inspect(tmp_path / "checkpoint-5")["weights"] == "unet"
 
 
 def test_a_model_index_of_a_terabyte_is_refused_unread(tmp_path):

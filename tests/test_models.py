@@ -89,6 +89,7 @@ def test_prediction_and_weighting_come_from_the_scheduler(tmp_path, prediction):
     denoiser = load_denoiser(tiny_ddpm(tmp_path / "m", prediction_type=prediction))
     assert denoiser.schedule.prediction == prediction
     assert denoiser.schedule.weighting == ("snr" if prediction == "sample" else "uniform")
+    assert any("weighted by the signal-to-noise" in n for n in denoiser.notes) == (prediction == "sample")
     wanted = DDPMScheduler().alphas_cumprod.double().tolist()
     assert list(denoiser.schedule.alphas_cumprod) == wanted
 
@@ -99,6 +100,54 @@ def identity(path, **options):
 
 def changed(a, b):
     return {name for name in a if a[name] != b[name]}
+
+
+@pytest.mark.parametrize(("part", "fields"), [
+    ("unet", {"attention_head_dim": 2}),
+    ("unet", {"flip_sin_to_cos": False}),
+    ("vae", {"norm_num_groups": 2}),
+    ("text_encoder", {"num_attention_heads": 4}),
+    ("text_encoder", {"hidden_act": "gelu"}),
+])  # fmt: skip
+def test_the_same_weights_by_another_config_are_another_model(folder, tmp_path, part, fields):
+    shutil.copytree(folder / "sd", tmp_path / "sd")
+    file = tmp_path / "sd" / part / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    aside = {"sample_size": 64} if part == "unet" else {}
+    silent = {"_name_or_path": "x", "_diffusers_version": "0.1", "transformers_version": "4.0"} | aside
+    file.write_text(json.dumps(config | silent), encoding="utf-8")
+    resolution = 16
+    before = identity(folder / "sd", resolution=resolution)
+    assert changed(before, identity(tmp_path / "sd", resolution=resolution)) == set()
+    file.write_text(json.dumps(config | fields), encoding="utf-8")
+    assert changed(before, identity(tmp_path / "sd", resolution=resolution)) == {"config"}
+
+
+@pytest.mark.parametrize("damage", ["part", "renamed", "cut", "empty"])
+def test_a_text_encoder_without_its_weights_is_refused_and_not_filled_at_random(folder, tmp_path, damage):
+    shutil.copytree(folder / "sd", tmp_path / "sd")
+    file = tmp_path / "sd" / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    if damage == "part":
+        save_file({n: t for n, t in tensors.items() if ".mlp." not in n}, file, metadata={"format": "pt"})
+    elif damage == "renamed":
+        save_file({f"foo.{n}": t for n, t in tensors.items()}, file, metadata={"format": "pt"})
+    else:
+        file.write_bytes(file.read_bytes()[: 1000 if damage == "cut" else 0])
+    match = "has no weights for" if damage in ("part", "renamed") else "text_encoder cannot be loaded"
+    with pytest.raises(ModelError, match=match) as caught:
+        load_denoiser(tmp_path / "sd")
+    assert str(caught.value).isprintable()
+
+
+def test_a_config_that_no_network_can_have_is_refused_in_one_line(folder, tmp_path):
+    for number, (part, fields) in enumerate((("unet", {"norm_num_groups": 0}), ("text_encoder", {"hidden_size": "x"}))):
+        copy = shutil.copytree(folder / "sd", tmp_path / str(number))
+        file = copy / part / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | fields), encoding="utf-8")
+        with pytest.raises(ModelError, match=f"{part} cannot be loaded") as caught:
+            load_denoiser(copy)
+        assert str(caught.value).isprintable()
 
 
 def test_one_changed_weight_changes_the_identity_of_the_model_alone(folder, tmp_path):
@@ -260,6 +309,40 @@ def test_a_saved_denoiser_is_the_same_model(folder, tmp_path):
         save_denoiser(denoiser, tmp_path / "copy", base=folder / "sd")
 
 
+def test_what_is_saved_beside_a_base_with_averaged_weights_is_what_was_trained(folder, tmp_path):
+    shutil.copytree(folder / "ddpm" / "scheduler", tmp_path / "out" / "scheduler")
+    for name in ("unet", "unet_ema"):
+        shutil.copytree(folder / "ddpm" / "unet", tmp_path / "out" / "checkpoint-9" / name)
+    base = tmp_path / "out" / "checkpoint-9"
+    denoiser = load_denoiser(base)
+    next(iter(denoiser.parameters.values())).data.add_(1)
+    for number, named in enumerate((base, tmp_path / "out")):
+        copy = tmp_path / f"copy{number}"
+        save_denoiser(denoiser, copy, base=named)
+        found = load_denoiser(copy)
+        assert not [*copy.rglob("unet_ema")] and found.schedule == denoiser.schedule
+        assert all(torch.equal(p, found.parameters[name]) for name, p in denoiser.parameters.items())
+
+
+@pytest.mark.parametrize("kind", ["weights", "lora"])
+def test_a_disk_that_is_full_leaves_no_part_of_a_model(folder, tmp_path, monkeypatch, kind):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    if kind == "weights":
+        denoiser = load_denoiser(folder / "ddpm")
+        monkeypatch.setattr(UNet2DModel, "save_pretrained", full)
+        with pytest.raises(ModelError, match="out cannot be written: .*No space left"):
+            save_denoiser(denoiser, tmp_path / "out", base=folder / "ddpm")
+    else:
+        denoiser = load_denoiser(folder / "sd")
+        add_fresh_lora(denoiser, rank=2, alpha=2.0, targets="to_q", seed=0)
+        monkeypatch.setattr(StableDiffusionPipeline, "save_lora_weights", full)
+        with pytest.raises(ModelError, match="safetensors cannot be written: .*No space left"):
+            adapters.save(denoiser.network.unet, tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
 @torch.no_grad()
 def predicted(denoiser):
     x, t = pixels(2, 8, 4), torch.tensor([3, 700])
@@ -331,6 +414,18 @@ def test_a_dora_is_refused_since_its_base_cannot_be_had_from_it(folder, tmp_path
     save_file(state, file)
     with pytest.raises(ModelError, match=r"is a DoRA \(lora_unet_.*dora_scale\)"):
         load_denoiser(folder / "sd", lora=file)
+
+
+@pytest.mark.parametrize("extra", ["unet.conv_in.weight", "alpha", "unet.foo.bar"])
+def test_a_file_with_more_than_a_lora_is_refused(folder, tmp_path, extra):
+    tensors = load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
+    if extra == "alpha":  # diffusers passes these over: the adapter would be scaled by 1
+        tensors |= {n.replace("lora_A.weight", "alpha"): torch.tensor(1.0) for n in tensors if "lora_A" in n}
+    else:
+        tensors |= {extra: torch.ones(8, 4, 3, 3)}
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="is no tensor of a LoRA"):
+        load_denoiser(folder / "sd", lora=tmp_path / "x.safetensors")
 
 
 def test_a_lora_file_that_is_none_is_refused(folder, tmp_path):

@@ -244,6 +244,34 @@ def test_a_base_that_is_not_known_or_not_the_one_is_refused(world, tmp_path):
         influence.attribute(world / "data" / "003.png", world / "s", base=tmp_path / "other", draws=DRAWS)
 
 
+def test_a_base_that_makes_other_latents_or_encodes_otherwise_than_at_build_is_refused(tmp_path):
+    for name, seed in (("model", 0), ("base", 1), ("other", 2)):
+        tiny_stable_diffusion(tmp_path / name, seed=seed)
+        if name != "model":
+            for part in ("vae", "text_encoder"):
+                shutil.rmtree(tmp_path / name / part)
+                shutil.copytree(tmp_path / "model" / part, tmp_path / name / part)
+    data = pictures(tmp_path / "data", count=4)
+    build = {"model": tmp_path / "model", "dim": 64, "draws": 4}
+    influence.build(data, base=tmp_path / "base", store=tmp_path / "s", **build)
+    ask = {"images": data / "001.png", "store": tmp_path / "s", "prompt": "x", "draws": DRAWS}
+    assert len(influence.attribute(**ask, base=tmp_path / "base"))
+    tiny_stable_diffusion(tmp_path / "third", seed=3)
+    moved = shutil.copytree(tmp_path / "base", tmp_path / "vae")
+    shutil.rmtree(moved / "vae")
+    shutil.copytree(tmp_path / "third" / "vae", moved / "vae")
+    with pytest.raises(OptionError, match="is not the one that the store was built with"):
+        influence.attribute(**ask, base=moved)
+    with pytest.raises(OptionError, match="the base at .* has another VAE"):
+        influence.build(data, base=moved, store=tmp_path / "t", **build)
+    spoken = shutil.copytree(tmp_path / "base", tmp_path / "text")
+    shutil.rmtree(spoken / "text_encoder")
+    shutil.copytree(tmp_path / "third" / "text_encoder", spoken / "text_encoder")
+    with pytest.raises(OptionError, match="is not the one that the store was built with"):
+        influence.attribute(**ask, base=spoken)
+    assert influence.build(data, base=spoken, store=tmp_path / "u", **build), "it may have been trained as well"
+
+
 def test_the_base_of_a_lora_is_its_network_with_an_adapter_that_does_nothing(tmp_path):
     sd = tiny_stable_diffusion(tmp_path / "sd")
     tiny_lora(tmp_path / "sd", tmp_path / "lora")

@@ -6,10 +6,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from tiny_models import pictures, tiny_ddpm, tiny_stable_diffusion
 
 import influence
-from influence import features, horizon, loading
+from influence import features, horizon, loading, memory
 
 OPTIONS = {"dim": 512, "draws": 6, "curvature_rows": 40}
 MEASURED = """
@@ -104,11 +105,41 @@ def test_a_memory_chooses_the_batch_and_no_value_changes(world, tmp_path):
             assert (np.linalg.norm(x - y, axis=1) <= 1e-5 * np.linalg.norm(x, axis=1)).all()
 
 
+def test_what_the_metric_takes_is_in_the_plan_and_in_the_budget(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(horizon, "held", lambda *args, points: points << 40)
+    for base, count in ((None, 1), (world / "base", 3)):
+        options = {"model": world / "ddpm", "base": base, **OPTIONS}
+        assert influence.plan(world / "data", **options)["memory_bytes"] >> 40 == count
+        with pytest.raises(influence.OptionError, match=rf"metric and damping, take {count * 1024}\.0 GiB"):
+            influence.build(world / "data", store=tmp_path / "s", memory="500GiB", **options)
+        assert influence.plan(world / "data", metric="plain", **options)["memory_bytes"] < 1 << 40
+    assert not (tmp_path / "s").exists()
+
+
+def test_what_the_metric_holds_is_what_it_then_takes(tmp_path):
+    path = tiny_ddpm(tmp_path / "wide", width=256)
+    denoiser = loading.network(loading.BuildOptions("", str(path), None, device="cpu"))
+    x0 = torch.zeros(horizon.ROWS, *denoiser.sample_shape)
+    foretold = horizon.held(denoiser, x0, None, points=2)
+    before = memory.peak(lambda: None, x0.device)
+    points, batches = [(0.5, denoiser)] * 2, [(x0, None)] * 3
+    found = memory.peak(lambda: horizon.second_moments(points, batches, batch_size=8, seed=0), x0.device)
+    weights = sum(4 * p.numel() for p in denoiser.parameters.values())
+    assert weights > 10e6 and found - before > 1.5 * weights
+    assert abs(foretold - found) < max(0.5 * weights, 0.1 * (found - before))
+
+
 @pytest.mark.parametrize(
-    ("memory", "words"),
-    [("much", "expected a size such as 8GiB"), ("10MB", "memory is 10 MiB for a process, and one with")],
+    ("given", "metric", "words"),
+    [
+        ("much", None, "expected a size such as 8GiB"),
+        ("10MB", None, "memory is 10MB, and the second moments of all gradients, which decide metric"),
+        ("10MB", "plain", "memory is 10 MiB for a process, and one with"),
+    ],
 )
-def test_a_memory_that_cannot_be_is_refused(world, tmp_path, memory, words):
+def test_a_memory_that_cannot_be_is_refused(world, tmp_path, given, metric, words):
     with pytest.raises(influence.OptionError, match=words):
-        influence.build(world / "data", model=world / "ddpm", store=tmp_path / "s", memory=memory, **OPTIONS)
+        influence.build(
+            world / "data", model=world / "ddpm", store=tmp_path / "s", memory=given, metric=metric, **OPTIONS
+        )
     assert not (tmp_path / "s").exists()
