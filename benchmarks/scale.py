@@ -36,7 +36,8 @@ from influence.spec import FeatureSpec
 
 DIM, QUERIES = 4096, 32
 SPEC = FeatureSpec(
-    model="a" * 64, encoders="b" * 64, lora=None, parameters="c" * 64, prediction="epsilon", weighting="uniform",
+    model="a" * 64, config="e" * 64, encoders="b" * 64, lora=None, parameters="c" * 64, prediction="epsilon",
+    weighting="uniform",
     schedule="d" * 64, sample_shape=(3, 32, 32), conditional=False, projection="countsketch", dim=DIM, seed=0,
     dtype="fp32",
 )  # fmt: skip

@@ -12,6 +12,7 @@ from influence.spec import FeatureSpec
 
 SPEC = FeatureSpec(
     model="a" * 64,
+    config="e" * 64,
     encoders="b" * 64,
     lora=None,
     parameters="c" * 64,
