@@ -21,6 +21,7 @@ _common = options_of(
                  help="May be given several times.  [default: that of attribute; for doctor gauss-newton]"),
     click.option("--damping", type=float, help="λ in units of tr(H)/k.  [default: that of the fine-tune's steps]"),
     click.option("--draws", type=int, default=256, show_default=True, help="Draws (t, ε) of each picture's gradient."),
+    click.option("--dataset", type=click.Path(path_type=Path), help="Where the data set is now, if it was moved."),
     click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 …"),
     click.option("--json", "as_json", is_flag=True, help="Print JSON."),
 )  # fmt: skip
@@ -54,6 +55,7 @@ def _begin(
     queries: tuple[str, ...],
     recipe: Path | None,
     methods: tuple[str, ...],
+    dataset: Path | None,
     show: Callable[[str, int, int], None],
     **options: Any,
 ) -> tuple[influence.Truth, dict[str, Any]]:
@@ -68,9 +70,11 @@ def _begin(
         )
     folders = dict(query.split("=", 1) for query in queries)
     made = influence.open_store(store)
-    opened = influence.truth_of(made, truth, base=base, queries=folders, recipe=recipe, message=say)
+    opened = influence.truth_of(made, truth, base=base, queries=folders, recipe=recipe, dataset=dataset, message=say)
     scores = {
-        method: influence.score_matrix(made, opened, method=method, progress=show, message=say, **options)
+        method: influence.score_matrix(
+            made, opened, method=method, dataset=dataset, progress=show, message=say, **options
+        )
         for method in methods or [influence.default_method(made.source)]
     }
     return opened, scores

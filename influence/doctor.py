@@ -29,6 +29,7 @@ def doctor(
     method: str = "gauss-newton",
     damping: float | None = None,
     draws: int = 256,
+    dataset: str | Path | None = None,
     device: str = "auto",
     progress: Progress = silent,
     message: Message = silent,
@@ -42,6 +43,7 @@ def doctor(
         method: Name in `METHODS`, of those that read the loss features.
         damping: As for `attribute`.
         draws: Draws of a query.
+        dataset: Where the data set is now, if it was moved since the store was built.
         device: As for `build`.
         progress: Called as work gets done.
         message: Called with lines that a person must see.
@@ -62,10 +64,10 @@ def doctor(
     loaded, _ = loading.load_for(
         store, model=None, lora=None, draws=draws, engine="auto", batch_size=64, device=device, message=message
     )
-    data = pipeline.read(store.pictures(), loaded.denoiser, store.source["creator_column"], silent, silent)
+    data = pipeline.read(store.pictures(dataset), loaded.denoiser, store.source["creator_column"], silent, silent)
     items = {item.item_id: item for item in data.items}
     ids, phi = _stored(store)
-    order = _there(store, ids, items, message)
+    order = _there(store, ids, items, data.root, message)
     sample = order[:SAMPLE]
     picked = [items[ids[i]] for i in sample]
     queries = [(item.path, item.caption) for item in picked[:SELF_QUERIES]]
@@ -142,7 +144,9 @@ def _stored(store: Store) -> tuple[list[str], np.ndarray]:
     return [item_id for ids, _ in parts for item_id in ids], np.concatenate([phi for _, phi in parts])
 
 
-def _there(store: Store, ids: Sequence[str], items: Mapping[str, datasets.Item], message: Message) -> list[int]:
+def _there(
+    store: Store, ids: Sequence[str], items: Mapping[str, datasets.Item], where: Path, message: Message
+) -> list[int]:
     """Numbers of the images that are still in the data set, in the order in which they are sampled.
 
     The features of the others stand in the store as before and are ranked like all; they cannot be taken again.
@@ -151,7 +155,7 @@ def _there(store: Store, ids: Sequence[str], items: Mapping[str, datasets.Item],
         DatasetError: There is none.
     """
     there = [i for i, item_id in enumerate(ids) if item_id in items]
-    count, where = len(ids) - len(there), store.source["dataset"]
+    count = len(ids) - len(there)
     gone = f"{count} of {len(ids)} images of store {store.path.name} are not in {where} any more"
     if not there:
         raise DatasetError(f"{gone}; the doctor takes some again: put them back, or build another --store")

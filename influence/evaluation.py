@@ -35,6 +35,7 @@ def truth_of(
     base: str | Path,
     queries: Mapping[str, str | Path],
     recipe: str | Path | None = None,
+    dataset: str | Path | None = None,
     draws: int = 64,
     message: Message = silent,
 ) -> Truth:
@@ -46,6 +47,7 @@ def truth_of(
         base: The pipeline that the fine-tune started from.
         queries: For each kind of query (`generated`, `trained`, `unseen`, …) a folder of pictures, read as a data set.
         recipe: `finetune.json`; by default the one beside the fine-tuned model or LoRA.
+        dataset: Where the data set is now, if it was moved since the store was built.
         draws: Draws (t, ε) of a query's loss.
         message: Called with refusals and remarks on the queries, one line each.
 
@@ -68,7 +70,7 @@ def truth_of(
     return retraining.create(
         folder,
         base=base,
-        dataset=source["dataset"],
+        dataset=store.pictures(dataset),
         recipe=finetuning.read_recipe(recipe),
         queries=found,
         draws=draws,

@@ -17,6 +17,9 @@ Work = Callable[[int], Any]
 """Do the work of one number, as build and commit a shard; what it returns is told."""
 
 
+_GRACE = 20  # seconds for a worker to put away what it has in hand
+
+
 def run_here(work: Work, numbers: Sequence[int], done: Callable[[Any], Any]) -> None:
     """Do one after the other in this process; `done` is called with what each returns."""
     for number in numbers:
@@ -68,8 +71,11 @@ def run_processes(
                     raise message
                 done(message)
     finally:
-        for process, receiver in processes:
+        for process, _ in processes:
             process.terminate()
+        for process, receiver in processes:
+            process.join(_GRACE)
+            process.kill()  # what is in hand took longer
             process.join()
             receiver.close()
 
@@ -87,7 +93,12 @@ def _interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def _stop(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
 def _worker(prepare: Callable[[int], Work], numbers: Sequence[int], workers: int, sender: Any) -> None:
+    signal.signal(signal.SIGTERM, _stop)  # an exception, so that temporary files are removed
     with contextlib.closing(sender), contextlib.suppress(BrokenPipeError):  # the builder that asked is gone
         try:
             run_here(prepare(workers), numbers, sender.send)

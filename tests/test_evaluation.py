@@ -172,6 +172,8 @@ def test_the_command_line(made, brief):
     assert json.loads(found.stdout)[0]["kind"] == "unseen"
     found = CliRunner().invoke(cli, ["evaluate", "deletion", *common, "--seeds", "1", "--fraction", "0.2"])
     assert {row["method"] for row in json.loads(found.stdout)} == {"random", "similar", "gauss-newton"}
+    moved = ["evaluate", "doctor", *common[:2], "--dataset", str(made / "nowhere")]
+    assert "nowhere is not there; say where with --dataset DIR" in CliRunner().invoke(cli, moved).output
     twice = ["evaluate", "doctor", *common[:2], "--method", "trak", "--method", "grad-dot"]
     assert "doctor examines one --method at a time" in CliRunner().invoke(cli, twice).output
     found = CliRunner().invoke(cli, ["evaluate", "lds", *common[:-5], "--queries", "odd"])

@@ -6,11 +6,10 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from tiny_models import pictures, tiny_ddpm, tiny_stable_diffusion
 
 import influence
-from influence import features, horizon, loading, memory
+from influence import features, horizon, loading
 
 OPTIONS = {"dim": 512, "draws": 6, "curvature_rows": 40}
 MEASURED = """
@@ -116,17 +115,28 @@ def test_what_the_metric_takes_is_in_the_plan_and_in_the_budget(world, tmp_path,
     assert not (tmp_path / "s").exists()
 
 
+MOMENTS = """
+import json, sys
+import torch
+from influence import horizon, loading, memory
+torch.set_num_threads(1)
+denoiser = loading.network(loading.BuildOptions("", sys.argv[1], None, device="cpu"))
+x0 = torch.zeros(horizon.ROWS, *denoiser.sample_shape)
+points, batches = [(0.5, denoiser)] * 2, [(x0, None)] * 3
+before = memory.peak(lambda: None, x0.device)
+foretold = horizon.held(denoiser, x0, None, points=2)
+found = memory.peak(lambda: horizon.second_moments(points, batches, batch_size=8, seed=0), x0.device)
+weights = sum(4 * p.numel() for p in denoiser.parameters.values())
+print(json.dumps([foretold - before, found - before, weights]))
+"""
+
+
 def test_what_the_metric_holds_is_what_it_then_takes(tmp_path):
     path = tiny_ddpm(tmp_path / "wide", width=256)
-    denoiser = loading.network(loading.BuildOptions("", str(path), None, device="cpu"))
-    x0 = torch.zeros(horizon.ROWS, *denoiser.sample_shape)
-    foretold = horizon.held(denoiser, x0, None, points=2)
-    before = memory.peak(lambda: None, x0.device)
-    points, batches = [(0.5, denoiser)] * 2, [(x0, None)] * 3
-    found = memory.peak(lambda: horizon.second_moments(points, batches, batch_size=8, seed=0), x0.device)
-    weights = sum(4 * p.numel() for p in denoiser.parameters.values())
-    assert weights > 10e6 and found - before > 1.5 * weights
-    assert abs(foretold - found) < max(0.5 * weights, 0.1 * (found - before))
+    command = [sys.executable, "-c", MOMENTS, str(path)]  # a process of its own: freed memory of others is not given up
+    foretold, found, weights = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert weights > 10e6 and found > 1.5 * weights
+    assert abs(foretold - found) < 0.2 * found
 
 
 @pytest.mark.parametrize(

@@ -1003,8 +1003,8 @@ def test_what_cannot_be_kept_is_no_error(tmp_path, monkeypatch):
 # Identity, field by field -------------------------------------------------------------------------------------------
 
 OTHER = {
-    "model": "e" * 64, "encoders": "e" * 64, "lora": "e" * 64, "parameters": "e" * 64, "prediction": "sample",
-    "weighting": "snr", "schedule": "e" * 64, "sample_shape": (1, 8, 8), "conditional": True,
+    "model": "f" * 64, "config": "f" * 64, "encoders": "e" * 64, "lora": "e" * 64, "parameters": "e" * 64,
+    "prediction": "sample", "weighting": "snr", "schedule": "e" * 64, "sample_shape": (1, 8, 8), "conditional": True,
     "projection": "rademacher", "dim": 7, "seed": 1, "dtype": "bf16", "metric": "e" * 64, "output": "square",
     "format": 3,
 }  # fmt: skip
