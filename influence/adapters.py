@@ -49,6 +49,7 @@ def attach(unet: Any, text_encoder: nn.Module, lora: Path, notes: list[str]) -> 
         if len(known) < len(state):
             odd = next(name for name in state if name not in known)
             raise ModelError(f"{file}: {odd} belongs to no part of a StableDiffusionPipeline")
+        state = _without_alphas(state, file)
         if foreign := [name for name in state if "lora" not in name]:
             raise ModelError(
                 f"{file}: {foreign[0]} is no tensor of a LoRA, and diffusers would pass it over or put it in for good; "
@@ -81,6 +82,23 @@ def attach(unet: Any, text_encoder: nn.Module, lora: Path, notes: list[str]) -> 
         (name, sorted(module.scaling.items())) for name, module in unet.named_modules() if hasattr(module, "scaling")
     )
     return state, repr(scalings)
+
+
+def _without_alphas(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """Tensors without each `….alpha` beside diffusers' own names: it passes these over, and takes r for α."""
+    layers = {name.removesuffix(".alpha"): float(value) for name, value in state.items() if name.endswith(".alpha")}
+    for layer, alpha in layers.items():
+        ranks = [
+            len(value)
+            for name, value in state.items()
+            if name in (f"{layer}.lora_A.weight", f"{layer}.lora.down.weight")
+        ]
+        if ranks != [alpha]:
+            raise ModelError(
+                f"{file}: α of {layer} is {alpha:g} and its rank {ranks[0] if ranks else 'not known'}; diffusers would "
+                "take the rank for α; not supported: save the LoRA as diffusers does, with its metadata"
+            )
+    return {name: value for name, value in state.items() if not name.endswith(".alpha")}
 
 
 def _require_alphas(network: nn.Module, alphas: Mapping[str, float], file: Path) -> None:

@@ -285,8 +285,7 @@ def _of_query(creators: Creators, q: int) -> dict[str, np.ndarray]:
         "squares": creators.squares[q],
         "by_batch": creators.by_batch[:, q],
         "train_variance": creators.train_variance[q],
-        "between": None if creators.between is None else creators.between[q],
-        "models": creators.models,
+        "by_model": None if creators.by_model is None else creators.by_model[:, q],
     }
 
 
@@ -358,7 +357,8 @@ def _variance(creators: Creators, q: int) -> np.ndarray:
     batches = creators.by_batch[:, q]
     if len(batches) < 2:
         return np.full(len(creators.names), np.nan)
-    again = 0.0 if creators.between is None else creators.between[q]
+    models = creators.by_model
+    again = 0.0 if models is None else models[:, q].var(0, ddof=1) / len(models)
     return batches.var(0, ddof=1) / len(batches) + creators.train_variance[q] + again
 
 

@@ -332,7 +332,8 @@ def _listed(root: Path, metadata: Path, creator_column: str | None) -> tuple[lis
     return drafts, _notes({f"in the folder but not in {metadata.name}, left out": unlisted})
 
 
-_SPLITS = ("test", "val", "valid", "validation", "dev", "eval")
+_TRAINED = {"train", "training"}
+_TESTED = {"test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev"}
 
 
 def _bare(root: Path, creator_column: str | None) -> tuple[list[Item], list[str]]:
@@ -341,10 +342,10 @@ def _bare(root: Path, creator_column: str | None) -> tuple[list[Item], list[str]
         found = f"{str(root)!r} has no metadata file, hence no column {creator_column!r}"
         raise DatasetError(f"{found}; expected metadata.csv or metadata.jsonl: add one, or name no creator column")
     paths, notes = _pictures(root)
-    if (root / "train").is_dir():  # a part of its own, as image folders have it: the others were not trained on
-        others = [path for path in paths if path.relative_to(root).parts[0] in _SPLITS]
-        notes += _notes({"not in train/ but in a part to test with, left out": len(others)})
-        paths = [path for path in paths if path not in {*others}]
+    parts = [path.relative_to(root).parts[0].lower() if path.parent != root else "" for path in paths]
+    if not _TRAINED.isdisjoint(parts):  # as image folders have it: a part to test with was not trained on
+        notes += _notes({"not in train/ but in a part to test with, left out": sum(part in _TESTED for part in parts)})
+        paths = [path for path, part in zip(paths, parts, strict=True) if part not in _TESTED]
     drafts = []
     for path in paths:
         beside = path.with_suffix(".txt")

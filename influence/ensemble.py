@@ -157,8 +157,7 @@ def _creators(parts: Sequence[Creators]) -> Creators:
         by_batch=np.mean([part.by_batch for part in parts], axis=0),
         train_variance=np.mean([part.train_variance for part in parts], axis=0),
         works=np.mean(works, axis=0) if works else None,
-        models=len(parts),
-        between=totals.var(0, ddof=1) / len(parts),
+        by_model=totals,
     )
 
 

@@ -34,6 +34,9 @@ _PICTURES = 64  # of 32 × 32 pixels that are encoded at once
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _SAME_BETAS = ("DPMSolverSDEScheduler",)  # of the family, but a stand-in where torchsde is not installed
 _ENCODERS = (AutoencoderKL, CLIPTextModel)
+_PARTS = ("model_index.json", "scheduler", "vae", "text_encoder", "tokenizer", "feature_extractor", "safety_checker",
+          "image_encoder")  # fmt: skip
+"""What a pipeline folder may hold beside the UNet."""
 _PADDING = 128  # a table of vectors may be filled up to a multiple of this
 
 
@@ -296,15 +299,14 @@ def save_denoiser(denoiser: Denoiser, path: str | Path, *, base: str | Path) -> 
         raise ModelError(f"{folder} exists already; choose another folder, or remove it")
     parts, aside = _find(Path(base), [])[1], folder.with_name(folder.name + ".part")
 
-    def passed_over(place: str, names: list[str]) -> list[str]:
-        """Weights of the base: a reader prefers `unet_ema`, or those of a checkpoint, to `unet`."""
-        if Path(place) != parts:
-            return []
-        return [name for name in names if name in ("unet", "unet_ema") or name.startswith("checkpoint-")]
-
     try:
         shutil.rmtree(aside, ignore_errors=True)
-        shutil.copytree(parts, aside, ignore=passed_over)
+        aside.mkdir(parents=True)
+        for part in (parts / name for name in _PARTS):
+            if part.is_dir():
+                shutil.copytree(part, aside / part.name)
+            elif part.exists():
+                shutil.copy(part, aside / part.name)
         denoiser.network.unet.save_pretrained(aside / "unet")
         aside.rename(folder)
     except (OSError, SafetensorError) as error:
@@ -382,20 +384,25 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-_SILENT = ("transformers_version", "architectures", "dtype", "torch_dtype", "model_type", "sample_size")
-"""Of a config: what decides no output, or is told elsewhere."""
+_SILENT = ("sample_size", "dropout", "force_upcast", "upcast_attention")
+"""Arguments of a network that change no output in float32 without training, or are told elsewhere."""
+_CLIP = ("hidden_act", "layer_norm_eps", "num_attention_heads", "num_hidden_layers")
+"""What a CLIP text model does with tensors of the same shapes."""
 
 
 def _configs(*modules: Any) -> str:
-    """SHA-256 of the configs of a model's parts, without what is as it is by default, paths and versions."""
+    """SHA-256 of the configs of a model's parts: of what their classes read, where it is not as it is by default.
+
+    A config may hold more: paths and versions, and in a folder `unet_ema` how the average was made.
+    """
     found = []
     for module in modules:
         if isinstance(module, CLIPTextModel):
-            values = module.config.to_diff_dict()
+            told = {name: getattr(module.config, name) for name in _CLIP}
         else:
-            known = inspect.signature(type(module).__init__).parameters
-            values = {n: v for n, v in module.config.items() if n not in known or known[n].default != v}
-        told = {n: v for n, v in values.items() if not n.startswith("_") and n not in _SILENT}
+            read = inspect.signature(type(module).__init__).parameters
+            values = {name: value for name, value in module.config.items() if name in read and name not in _SILENT}
+            told = {name: value for name, value in values.items() if read[name].default != value}
         found.append(json.dumps([type(module).__name__, told], sort_keys=True, default=list).encode())
     return _sha(found)
 
@@ -426,7 +433,7 @@ def _load(kind: Any, folder: Path) -> Any:
         raise ModelError(f"{folder} is missing; expected the {folder.name} of the pipeline")
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
     names = [file.name for file in folder.glob("*.safetensors")]
-    if names and all(".fp16." in name for name in names):
+    if names and all(re.search(r"\.fp16[.-]", name) for name in names):
         options["variant"] = "fp16"
     if not names:
         raise ModelError(f"{folder} holds no .safetensors file; convert the weights, pickled ones are not read")

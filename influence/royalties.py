@@ -174,8 +174,7 @@ def resampled(
     squares: Float[np.ndarray, " creators"],
     by_batch: Float[np.ndarray, "batches creators"],
     train_variance: Float[np.ndarray, " creators"],
-    between: Float[np.ndarray, " creators"] | None = None,
-    models: int = 1,
+    by_model: Float[np.ndarray, "models creators"] | None = None,
     repeats: int = REPEATS,
 ) -> Float[np.ndarray, "repeats creators"]:
     """Totals as they could have come out: other draws of the query and of training images, other works of a creator.
@@ -183,8 +182,11 @@ def resampled(
     Batches of the query's draws are drawn again with replacement, the same for all creators, and their deviations
     widened by √(b/(b−1)). A sum over many works is close to normal: the draws of the training images, and n works drawn
     again from a creator's own, are normal deviates of the variances measured, in place of a resampling of all works.
-    What training again changes is known from a few models, and its deviates are Student's t, of `models` less one
-    degrees of freedom.
+    What training again changes is known from the totals of a few models: their deviations from the mean are mixed at
+    random, to deviates of Student's t with one degree of freedom less than there are models.
+
+    Repeat r has the same works, training draws and trainings for every picture, as `key` names only draws of its own:
+    over many pictures these do not average out.
     """
     batches = len(by_batch)
     moved = np.zeros((repeats, len(totals)))
@@ -192,12 +194,14 @@ def resampled(
         drawn = keys.integers(("query batches", *key), repeats * batches, batches).reshape(repeats, batches)
         moved = (by_batch - by_batch.mean(0))[drawn].mean(1) * (batches / (batches - 1)) ** 0.5
     works = images / np.maximum(images - 1, 1) * np.maximum(squares - totals**2 / images, 0)
-    deviates = keys.normal(("works and draws", *key), (repeats, len(totals))).astype(float)
+    deviates = keys.normal(("works and draws",), (repeats, len(totals))).astype(float)
     found = totals + moved + deviates * np.sqrt(train_variance + works)
-    if between is None:
+    if by_model is None:
         return found
-    normal = keys.normal(("models", *key), (repeats, len(totals))).astype(float)
-    return found + stats.t.ppf(stats.norm.cdf(normal), models - 1) * np.sqrt(between)
+    models, free = len(by_model), len(by_model) - 1
+    mixed = keys.normal(("models", models), (repeats, models)).astype(float) @ (by_model - by_model.mean(0))
+    spread = stats.chi2.ppf(1 - keys.uniform(("spread of models", models), repeats), free) / free
+    return found + mixed / np.sqrt(models * free * spread)[:, None]
 
 
 # Money ----------------------------------------------------------------------------------------------------------------

@@ -64,9 +64,8 @@ class Creators:
     """Mean score of each work; `None` without controls, whom it is compared with."""
     parts: sparse.csr_array
     """`[works, creators]`: a total is Σ parts · works."""
-    models: int = 1
-    between: Float64[np.ndarray, "query creators"] | None = None
-    """Variance of the totals from training again: that of `models` models' own totals, divided by their number."""
+    by_model: Float64[np.ndarray, "models query creators"] | None = None
+    """Totals of each model, where they are means over several."""
 
     def nulls(self, query: int, controls: Controls | None) -> list[np.ndarray]:
         """What each creator's total would be by chance; none without controls."""

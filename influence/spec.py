@@ -68,7 +68,9 @@ class FeatureSpec:
         expected = [field.name for field in dataclasses.fields(cls)]
         if sorted(fields) != sorted(expected):
             odd = sorted(set(fields) ^ set(expected))
-            raise SpecMismatchError(f"spec has unknown or missing fields: {', '.join(odd)}; made by another version")
+            raise SpecMismatchError(
+                f"spec has unknown or missing fields: {', '.join(odd)}; made by another version: build another store"
+            )
         return cls(**dict(fields) | {"sample_shape": tuple(fields["sample_shape"])})
 
     @property

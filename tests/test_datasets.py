@@ -345,13 +345,14 @@ def test_a_bare_folder_is_read_with_its_subfolders_in_the_order_of_names(tmp_pat
 
 
 def test_of_a_bare_folder_with_parts_to_test_with_only_train_is_read(tmp_path):
-    for seed, name in enumerate(("train/a.png", "test/b.png", "validation/c.png")):
+    for seed, name in enumerate(("Training/a.png", "test/b.png", "Validation/c.png", "evaluation/d.png")):
         picture(tmp_path / name, seed)
     dataset = read_dataset(tmp_path)
-    assert [i.file_name for i in dataset.items] == ["train/a.png"]
-    assert "2 pictures: not in train/ but in a part to test with, left out" in dataset.notes
-    shutil.rmtree(tmp_path / "train")
-    assert [i.file_name for i in read_dataset(tmp_path).items] == ["test/b.png", "validation/c.png"]
+    assert [i.file_name for i in dataset.items] == ["Training/a.png"]
+    assert "3 pictures: not in train/ but in a part to test with, left out" in dataset.notes
+    shutil.rmtree(tmp_path / "Training")
+    names = [i.file_name for i in read_dataset(tmp_path).items]
+    assert names == ["Validation/c.png", "evaluation/d.png", "test/b.png"]
 
 
 def test_links_to_folders_are_counted_and_not_entered(tmp_path):

@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers.training_utils import EMAModel
 from networks import fill
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -309,18 +310,37 @@ def test_a_saved_denoiser_is_the_same_model(folder, tmp_path):
         save_denoiser(denoiser, tmp_path / "copy", base=folder / "sd")
 
 
+def test_averaged_weights_are_the_network_of_the_plain_ones_whatever_their_config_says_of_the_average(folder, tmp_path):
+    unet = UNet2DModel.from_pretrained(folder / "ddpm" / "unet")
+    average = EMAModel(unet.parameters(), model_cls=UNet2DModel, model_config=unet.config)
+    average.save_pretrained(tmp_path / "checkpoint-3" / "unet_ema")
+    shutil.copytree(folder / "ddpm" / "scheduler", tmp_path / "scheduler")
+    assert "optimization_step" in (tmp_path / "checkpoint-3" / "unet_ema" / "config.json").read_text(encoding="utf-8")
+    assert changed(identity(folder / "ddpm"), identity(tmp_path)) == set()
+
+
+def test_weights_of_half_precision_in_several_files_are_read(folder, tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(folder / "sd").to(torch.float16)
+    pipeline.save_pretrained(tmp_path / "sd", variant="fp16", max_shard_size="8KB")
+    assert len([*(tmp_path / "sd" / "unet").glob("*.fp16-*.safetensors")]) > 1
+    found, expected = load_denoiser(tmp_path / "sd"), load_denoiser(folder / "sd")
+    for name, p in expected.parameters.items():
+        torch.testing.assert_close(found.parameters[name], p.half().float())
+
+
 def test_what_is_saved_beside_a_base_with_averaged_weights_is_what_was_trained(folder, tmp_path):
     shutil.copytree(folder / "ddpm" / "scheduler", tmp_path / "out" / "scheduler")
     for name in ("unet", "unet_ema"):
         shutil.copytree(folder / "ddpm" / "unet", tmp_path / "out" / "checkpoint-9" / name)
     base = tmp_path / "out" / "checkpoint-9"
+    (tmp_path / "out" / "logs").mkdir()
     denoiser = load_denoiser(base)
     next(iter(denoiser.parameters.values())).data.add_(1)
     for number, named in enumerate((base, tmp_path / "out")):
-        copy = tmp_path / f"copy{number}"
+        copy = tmp_path / "out" / f"copy{number}"  # inside what it is made of
         save_denoiser(denoiser, copy, base=named)
         found = load_denoiser(copy)
-        assert not [*copy.rglob("unet_ema")] and found.schedule == denoiser.schedule
+        assert {path.name for path in copy.iterdir()} == {"unet", "scheduler"} and found.schedule == denoiser.schedule
         assert all(torch.equal(p, found.parameters[name]) for name, p in denoiser.parameters.items())
 
 
@@ -420,11 +440,17 @@ def test_a_dora_is_refused_since_its_base_cannot_be_had_from_it(folder, tmp_path
 def test_a_file_with_more_than_a_lora_is_refused(folder, tmp_path, extra):
     tensors = load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
     if extra == "alpha":  # diffusers passes these over: the adapter would be scaled by 1
-        tensors |= {n.replace("lora_A.weight", "alpha"): torch.tensor(1.0) for n in tensors if "lora_A" in n}
+        alphas = {n.replace("lora_A.weight", "alpha"): torch.tensor(2.0) for n in tensors if "lora_A" in n}
+        save_file(tensors | alphas, tmp_path / "r.safetensors", metadata={"format": "pt"})
+        plain = tmp_path / "plain.safetensors"
+        save_file(tensors, plain, metadata={"format": "pt"})
+        of_rank = identity(folder / "sd", lora=tmp_path / "r.safetensors")
+        assert changed(identity(folder / "sd", lora=plain), of_rank) == set(), "α = r is what diffusers takes"
+        tensors |= {name: torch.tensor(1.0) for name in alphas}
     else:
         tensors |= {extra: torch.ones(8, 4, 3, 3)}
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="is no tensor of a LoRA"):
+    with pytest.raises(ModelError, match="is 1 and its rank 2; diffusers" if extra == "alpha" else "is no tensor of a"):
         load_denoiser(folder / "sd", lora=tmp_path / "x.safetensors")
 
 

@@ -91,17 +91,38 @@ def test_repeats_divide_like_single_totals():
             np.testing.assert_array_equal(row, royalties.shares(estimator, evidence(expected, **known)))
 
 
+def several(models, query="a"):
+    """Totals of two creators, of whom the models agree on one, resampled."""
+    zero, by_model = np.zeros(2), np.full((models, 2), 5.0)
+    by_model[:, 0] = 3 + np.linspace(-1, 1, models)
+    again = royalties.resampled(
+        (query,), np.ones(2), by_model.mean(0), by_model.mean(0) ** 2, np.zeros((2, 2)), zero, by_model=by_model,
+        repeats=200_000,
+    )  # fmt: skip
+    return again, by_model[:, 0].std(ddof=1) / models**0.5
+
+
 @pytest.mark.parametrize("models", [2, 3, 5])
 def test_totals_of_a_few_models_vary_as_students_t_does(models):
-    zero = np.zeros(2)
-    between = np.array([0.04, 0.0])
-    again = royalties.resampled(
-        ("a",), np.array([1.0, 1.0]), np.array([3.0, 5.0]), np.array([9.0, 25.0]), np.zeros((2, 2)), zero,
-        between=between, models=models, repeats=200_000,
-    )  # fmt: skip
+    again, se = several(models)
     low, high = np.quantile(again[:, 0], [0.025, 0.975])
-    np.testing.assert_allclose([high - 3, 3 - low], 0.2 * stats.t.ppf(0.975, models - 1), rtol=0.1)
-    assert (again[:, 1] == 5).all()
+    np.testing.assert_allclose([high - 3, 3 - low], se * stats.t.ppf(0.975, models - 1), rtol=0.1)
+    np.testing.assert_allclose(again[:, 1], 5)
+
+
+def test_training_again_and_other_works_are_the_same_for_all_pictures():
+    (first, _), (second, _) = several(3, "a"), several(3, "b")
+    assert (first == second).all(), "so that over many pictures they do not average out"
+    images, totals, squares, none = np.full(2, 5.0), np.array([3.0, 5.0]), np.array([9.0, 9.0]), np.zeros((2, 2))
+    batches = np.array([[2.0, 5.0], [4.0, 5.0]])
+    one, other = (
+        royalties.resampled((name,), images, totals, squares, none, np.array([0.1, 0.2])) for name in ("a", "b")
+    )
+    assert (one == other).all()
+    one, other = (
+        royalties.resampled((name,), images, totals, squares, batches, np.array([0.1, 0.2])) for name in ("a", "b")
+    )
+    assert (one[:, 0] != other[:, 0]).any() and (one[:, 1] == other[:, 1]).all(), "draws of a picture are its own"
 
 
 def test_resampled_totals_vary_by_draws_and_works():
