@@ -30,6 +30,7 @@ def world(tmp_path_factory):
     options["metric"] = "plain"  # that of AdamW is of the way to each model
     influence.build(path / "data", model=path / "model", store=path / "s", base=path / "base", **options)
     influence.build(path / "data", model=path / "base", store=path / "of_base", **options)
+    influence.build(path / "data", model=path / "base", store=path / "back", base=path / "model", **options)
     return path
 
 
@@ -141,12 +142,13 @@ def test_the_weights_along_the_way_integrate_cubics():
 
 
 @pytest.mark.parametrize("of_end", ["two-point", "gauss-newton"])
-def test_shares_are_of_the_whole_way_where_the_base_is_known(world, of_end):
+@pytest.mark.parametrize("store", ["s", "back"])
+def test_shares_are_of_the_whole_way_where_the_base_is_known(world, of_end, store):
     picture = world / "controls" / "002.png"
-    made = influence.answer(picture, world / "s", draws=DRAWS, method=of_end, damping=3.0)
+    made = influence.answer(picture, world / store, draws=DRAWS, method=of_end, damping=3.0)
     assert made.facts["totals"] == "whole way"
     end, path = (
-        influence.attribute(picture, world / "s", method=method, k=None, draws=DRAWS, damping=3.0)
+        influence.attribute(picture, world / store, method=method, k=None, draws=DRAWS, damping=3.0)
         for method in (of_end, "path")
     )
     e, p = end.groupby("creator")["score"].sum(), path.groupby("creator")["score"].sum()
@@ -157,6 +159,7 @@ def test_shares_are_of_the_whole_way_where_the_base_is_known(world, of_end):
     (query,) = end.attrs["queries"]
     rest, n = query["gain"] - e.sum(), end.groupby("creator").size()
     c = abs(rest) / path["score"].abs().sum() if rest * p.sum() > 0 else 0.0
+    assert (c > 0) == (store == "back"), "either case is met"
     expected = e + c * p + (rest - c * p.sum()) * n / n.sum()
     np.testing.assert_allclose(found[e.index], expected, rtol=1e-4, atol=1e-5 * expected.abs().max())
     assert found.sum() == pytest.approx(query["gain"], rel=1e-4)
