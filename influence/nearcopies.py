@@ -166,6 +166,8 @@ def training_items(made: Store, dataset: Name | None, progress: Progress = silen
         StoreError: The data set lacks pictures of the store.
         DatasetError: It cannot be read.
     """
+    if not len(made.items):
+        raise StoreError(f"all images of store {made.path.name} are excluded: there is nothing to compare with")
     root = made.pictures(dataset)
     reading = functools.partial(progress, "reading pictures")
     data = datasets.read_dataset(root, creator_column=made.source["creator_column"], progress=reading)

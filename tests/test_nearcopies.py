@@ -160,6 +160,11 @@ def test_without_two_different_pictures_near_duplicates_alone_are_near_copies(wo
     found = influence.near_copies(asked, tmp_path / "s", metrics=["pixel"], message=said.append)
     assert found["near_copy"].tolist() == [True, False] and found["threshold"].isna().all()
     assert any("is of 0 pairs only" in line for line in said)
+    influence.exclude(tmp_path / "s", creator="_unknown_creator")
+    with pytest.raises(
+        influence.StoreError, match="all images of store s are excluded: there is nothing to compare with"
+    ):
+        influence.near_copies(asked, tmp_path / "s", metrics=["pixel"])
 
 
 def test_excluded_pictures_are_not_compared_with(world, tmp_path):
