@@ -473,7 +473,7 @@ def _styles(scored: Scored, ids: Mapping[str, str]) -> pd.DataFrame:
     """Of all queries, with identifiers in place of names."""
     parts = []
     for q, query in enumerate(scored.queries.item_ids):
-        found = styles(scored.creators, scored.controls, q, scored.models)
+        found = styles(scored.creators, scored.controls, q)
         parts.append(found.assign(query_id=query, contributor_id=found["creator"].map(ids)))
     return pd.concat(parts, ignore_index=True)
 

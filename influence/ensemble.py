@@ -58,7 +58,6 @@ def combined(parts: Sequence[Scored], k: int | None) -> Scored:
         .reset_index()
     )
     controls = _controls(parts)
-    models = [(part.creators, part.controls) for part in parts]
     table = _tested(table, first, controls)
     lowest = table.groupby("query")["q_value"].min()[first.queries.paths].to_numpy(float)
     creators = replace(_creators([part.creators for part in parts]), lowest_q=lowest)
@@ -75,13 +74,13 @@ def combined(parts: Sequence[Scored], k: int | None) -> Scored:
     table.attrs = first.table.attrs | {
         "damping": _mean_or_none([part.table.attrs["damping"] for part in parts]),
         "models": len(parts),
-        "creators": creator_rows(queries.paths, creators, controls, models),
+        "creators": creator_rows(queries.paths, creators, controls),
         "queries": query_rows(queries),
     }
     ways = [part.whole for part in parts if part.whole is not None]
     whole = _creators(ways) if len(ways) == len(parts) else None
     alone = _mean_or_none([part.alone for part in parts])
-    return Scored(first.store, first.loaded, queries, table, creators, controls, _losses(parts), whole, alone, models)
+    return Scored(first.store, first.loaded, queries, table, creators, controls, _losses(parts), whole, alone)
 
 
 def _require_several(parts: Sequence[Scored]) -> None:
@@ -142,7 +141,8 @@ def _controls(parts: Sequence[Scored]) -> Controls | None:
         order = [place[item_id] for item_id in first.item_ids]
         scores.append(part.controls.scores[:, order])
         relative.append(part.controls.relative[:, order])
-    return Controls(first.item_ids, first.creators, np.mean(scores, axis=0), np.mean(relative, axis=0))
+    by_model = np.stack(scores)
+    return Controls(first.item_ids, first.creators, by_model.mean(0), np.mean(relative, axis=0), by_model)
 
 
 def _creators(parts: Sequence[Creators]) -> Creators:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from influence import adapters, models, training
+from influence import adapters, commit, models, training
 from influence.errors import ModelError, OptionError
 from influence.models import Denoiser
 
@@ -205,7 +205,8 @@ def save(denoiser: Denoiser, recipe: FineTune, folder: str | Path, *, base: str 
     """Write what was trained: a pipeline folder, or a folder with the LoRA; and the recipe beside it.
 
     Raises:
-        ModelError: There is such a model already.
+        ModelError: There is such a model already, or it cannot be written.
+        StoreError: The recipe cannot be written.
     """
     folder = Path(folder)
     if recipe.lora_rank is None:
@@ -213,4 +214,5 @@ def save(denoiser: Denoiser, recipe: FineTune, folder: str | Path, *, base: str 
     else:
         folder.mkdir(parents=True, exist_ok=True)
         adapters.save(denoiser.network.unet, folder)
-    (folder / RECIPE_FILE).write_text(json.dumps(asdict(recipe), indent=1) + "\n", encoding="utf-8")
+    with commit.writing(folder / RECIPE_FILE):
+        (folder / RECIPE_FILE).write_text(json.dumps(asdict(recipe), indent=1) + "\n", encoding="utf-8")

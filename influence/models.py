@@ -292,13 +292,12 @@ def save_denoiser(denoiser: Denoiser, path: str | Path, *, base: str | Path) -> 
     """Write a pipeline folder: the denoiser's UNet as it is now, the other parts as in the `base` pipeline folder.
 
     Raises:
-        ModelError: The folder exists already.
+        ModelError: The folder exists already, or cannot be written.
     """
     folder = Path(path)
     if folder.exists():
         raise ModelError(f"{folder} exists already; choose another folder, or remove it")
     parts, aside = _find(Path(base), [])[1], folder.with_name(folder.name + ".part")
-
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)

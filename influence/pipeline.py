@@ -127,7 +127,7 @@ def build(
         dtype=dtype,
     )
     denoiser = network(options)
-    before = store_of(Path(store))
+    before = _store_there(Path(store))
     if before is not None:
         creator_column = _kept_column(before, creator_column)
     data = read(dataset, denoiser, creator_column, progress, message)
@@ -164,7 +164,7 @@ def build(
     return made
 
 
-def store_of(path: Path) -> Store | None:
+def _store_there(path: Path) -> Store | None:
     """The store that is there already."""
     return store.open_store(path) if (path / "store.json").exists() else None
 
@@ -326,8 +326,8 @@ def settled(
     """
     if metric not in (None, *horizon.METRICS):
         raise OptionError(f"metric {metric!r} is unknown; expected {' or '.join(horizon.METRICS)}")
-    if (path / "store.json").exists():
-        made = store.open_store(path)
+    made = _store_there(path)
+    if made is not None:
         if source["half_model"] not in (None, made.source.get("half_model")):
             raise OptionError(
                 f"store {path.name} was made without this model of half the length; leave out --half, or build another "

@@ -30,6 +30,8 @@ class Controls:
     """NaN where the control is the query itself."""
     relative: Float64[np.ndarray, "query controls"]
     """Relative scores, likewise."""
+    by_model: Float64[np.ndarray, "models query controls"] | None = None
+    """Scores by each model, where they are means over several."""
 
     def of(self, query: int) -> Float[np.ndarray, " controls"]:
         """Scores for one query, without itself."""
@@ -82,9 +84,6 @@ class Creators:
         return found
 
 
-Models = Sequence[tuple[Creators, Controls | None]]
-
-
 @dataclass(frozen=True)
 class Scored:
     """Scores of pictures, with all that answers are made of."""
@@ -101,37 +100,33 @@ class Scored:
     """Totals of the whole way from the base to the fine-tune, if they were wanted and the base is known."""
     alone: Float[np.ndarray, "query creators"] | None = None
     """What a fine-tune on the works of each creator alone took off the loss, if there are such fine-tunes."""
-    models: Models = ()
-    """Totals and controls of each model, if this is the mean of several."""
 
 
-def styles(creators: Creators, controls: Controls | None, query: int, models: Models = ()) -> pd.DataFrame:
+def styles(creators: Creators, controls: Controls | None, query: int) -> pd.DataFrame:
     """Trained works of each creator against works of the same creator that were held out, by mean score_adj.
 
     If held-out works score as high, a style that is recognised does not show that these works contributed.
-
-    Args:
-        creators: Totals, of one model or means over several.
-        controls: Scores of the controls, likewise.
-        query: Which query.
-        models: If there are several, those of each: what gaps vary by over models is counted.
 
     Returns:
         Columns creator, n_trained, n_heldout, mean_trained, mean_heldout, gap with its 95 % interval and two-sided
         p-value (Welch, 1947); creators of whom there are two of each at least.
     """
     rows = []
+    held_by = np.array([] if controls is None else controls.creators, dtype=object)
     for g, name in enumerate(creators.names):
-        values, n = _held_out(controls, query, name), float(creators.images[g])
+        mine = held_by == name
+        values = np.empty(0) if controls is None else controls.scores[query][mine]
+        known, n = ~np.isnan(values), float(creators.images[g])
+        values = values[known]
         if len(values) < 2 or n < 2:
             continue
         mean = creators.totals[query, g] / n
         variance = max(creators.squares[query, g] - n * mean**2, 0.0) / (n - 1)
         errors = significance.difference(variance, n, float(values.var(ddof=1)), float(len(values)))
         gap = np.array([mean - values.mean()])
-        if models:
-            each = [of.totals[query, g] / n - _held_out(held, query, name).mean() for of, held in models]
-            errors = significance.with_training(errors, np.var([each], axis=1, ddof=1) / len(models), len(models))
+        if creators.by_model is not None and controls is not None and controls.by_model is not None:
+            each = creators.by_model[:, query, g] / n - controls.by_model[:, query, mine][:, known].mean(1)
+            errors = significance.with_training(errors, np.array([each.var(ddof=1)]) / len(each), len(each))
         (low,), (high,) = errors.interval(gap)
         p = significance.two_sided(float(gap[0]), float(errors.se[0]), float(errors.dof[0]))
         rows.append((name, n, len(values), mean, values.mean(), gap[0], low, high, p))
@@ -149,26 +144,16 @@ def styles(creators: Creators, controls: Controls | None, query: int, models: Mo
     return pd.DataFrame(rows, columns=columns)
 
 
-def _held_out(controls: Controls | None, query: int, creator: str) -> Float[np.ndarray, " works"]:
-    """Scores of a creator's works that were not trained on, without the query itself."""
-    if controls is None:
-        return np.empty(0)
-    values = controls.scores[query][np.array(controls.creators, dtype=object) == creator]
-    return values[~np.isnan(values)]
-
-
 # What a person reads ------------------------------------------------------------------------------------------------
 
 
-def creator_rows(
-    queries: Sequence[str], creators: Creators, controls: Controls | None, models: Models = ()
-) -> list[dict[str, Any]]:
+def creator_rows(queries: Sequence[str], creators: Creators, controls: Controls | None) -> list[dict[str, Any]]:
     """Totals of the creators of each query, highest first, with p and q of changing places with controls."""
     rows = []
     for q, query in enumerate(queries):
         p = significance.group_p_values(creators.totals[q], creators.nulls(q, controls))
         fdr = significance.false_discovery_rates(p)
-        gaps = styles(creators, controls, q, models).set_index("creator")
+        gaps = styles(creators, controls, q).set_index("creator")
         for g in np.lexsort((creators.names, -creators.totals[q])):
             rows.append({
                 "query": query,
